@@ -1,0 +1,1 @@
+"""Roads from a student to a deployable file, one file per edge, named `<Target>From<Source>`."""
