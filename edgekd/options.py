@@ -14,7 +14,7 @@ from edgekd.records.model import NonNegative, Positive
 Probability = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
-class FeaturePair(Record, tag="edgekd.feature_pair/1", kw_only=True):
+class FeaturePair(Record, tag="edgekd.feature_pair/1", frozen=True, kw_only=True):
     """A feature loss between two modules, by their names in `named_modules()`; `kind` is `hint` or `attention`."""
 
     student: str
@@ -23,7 +23,7 @@ class FeaturePair(Record, tag="edgekd.feature_pair/1", kw_only=True):
     weight: PositiveFloat | None = None
 
 
-class TrainOptions(Record, tag="edgekd.train_options/1", kw_only=True):
+class TrainOptions(Record, tag="edgekd.train_options/1", frozen=True, kw_only=True):
     """How the student is trained. `loss="auto"` takes logit standardization (LSKD) above four classes, Hinton KD below, and
     MSE for regression. `teacher_outputs="auto"` caches them per view when that is faster, measured at the start.
     Weights of `None` take the defaults of the loss. `threads=0` leaves torch's own choice.
@@ -53,7 +53,7 @@ class TrainOptions(Record, tag="edgekd.train_options/1", kw_only=True):
     init_from_teacher: Literal["auto", "no"] = "auto"
 
 
-class SearchOptions(Record, tag="edgekd.search_options/1", kw_only=True):
+class SearchOptions(Record, tag="edgekd.search_options/1", frozen=True, kw_only=True):
     """How a space is searched. `measurements` bounds the candidates measured, `headroom` is the share of the budget that a
     screened candidate leaves free, `finalists` are distilled shortly (`rung_epochs`, doubled each round, half dropped)."""
 
@@ -65,7 +65,7 @@ class SearchOptions(Record, tag="edgekd.search_options/1", kw_only=True):
     max_candidates: Positive = 512
 
 
-class QuantizeOptions(Record, tag="edgekd.quantize_options/1", kw_only=True):
+class QuantizeOptions(Record, tag="edgekd.quantize_options/1", frozen=True, kw_only=True):
     """How int8 is made. Calibration inputs come from the training split; `memory_mb` bounds what calibration holds at once."""
 
     calibration_size: Positive = 256
@@ -76,7 +76,7 @@ class QuantizeOptions(Record, tag="edgekd.quantize_options/1", kw_only=True):
     max_float_ops: NonNegative = 8
 
 
-class Options(Record, tag="edgekd.options/1", kw_only=True):
+class Options(Record, tag="edgekd.options/1", frozen=True, kw_only=True):
     """Everything beside the arguments of `edgekd.compress`.
 
     `parity_samples` real inputs are compared at each hop. `bundle_data_mb` caps the evaluation data in the bundle.

@@ -33,7 +33,7 @@ class Clock(str, Enum):
     FIRST = "first"
 
 
-class LaunchProtocol(Record, tag="edgekd.launch_protocol/1", kw_only=True):
+class LaunchProtocol(Record, tag="edgekd.launch_protocol/1", frozen=True, kw_only=True):
     """How one launch (a fresh process, one observation) is run.
 
     Warm-up lasts at least `warmup_min_s` and goes on until the medians of five windows differ by less than
@@ -51,7 +51,7 @@ class LaunchProtocol(Record, tag="edgekd.launch_protocol/1", kw_only=True):
     gap_s: NonNegativeFloat = 0.0
 
 
-class MeasurePlan(Record, tag="edgekd.measure_plan/1", kw_only=True):
+class MeasurePlan(Record, tag="edgekd.measure_plan/1", frozen=True, kw_only=True):
     """How many launches a grade takes; a verdict looks after `launches`, and again after each `step` up to `max_launches`."""
 
     launch: LaunchProtocol = LaunchProtocol()
@@ -61,7 +61,7 @@ class MeasurePlan(Record, tag="edgekd.measure_plan/1", kw_only=True):
     max_reject_share: Share = 0.2
 
 
-class Limits(Record, tag="edgekd.limits/1", kw_only=True):
+class Limits(Record, tag="edgekd.limits/1", frozen=True, kw_only=True):
     """When a launch is invalid. A value of `None` is not checked (and the report says so).
 
     `cpu_share_min`: CPU time over wall time of the timed loop per thread. `steal_max`: share of CPU time taken by the hypervisor.
@@ -78,7 +78,7 @@ class Limits(Record, tag="edgekd.limits/1", kw_only=True):
     temperature_max_c: PositiveFloat | None = None
 
 
-class Snapshot(Record, tag="edgekd.snapshot/1", kw_only=True):
+class Snapshot(Record, tag="edgekd.snapshot/1", frozen=True, kw_only=True):
     """The device's state at one moment. `None`: the device does not tell."""
 
     load_1m: float | None = None
@@ -91,7 +91,7 @@ class Snapshot(Record, tag="edgekd.snapshot/1", kw_only=True):
     available_mb: float | None = None
 
 
-class Launch(Record, tag="edgekd.launch/1", kw_only=True):
+class Launch(Record, tag="edgekd.launch/1", frozen=True, kw_only=True):
     """One fresh process. `samples_ns` are the timed inferences in order, integer nanoseconds (empty if the runtime gives a
     summary only, then `summary_ns` holds `min`, `median`, `max`)."""
 
@@ -113,7 +113,7 @@ class Launch(Record, tag="edgekd.launch/1", kw_only=True):
     invalid: str = ""
 
 
-class Fingerprint(Record, tag="edgekd.fingerprint/1", kw_only=True):
+class Fingerprint(Record, tag="edgekd.fingerprint/1", frozen=True, kw_only=True):
     """What the device is. `fields` holds for example `cpu_model`, `isa`, `cores`, `ram_mb`, `os`, `kernel`, `runtime`,
     `runtime_version`, `threads`, `machine`, all as text."""
 
@@ -125,7 +125,7 @@ class Fingerprint(Record, tag="edgekd.fingerprint/1", kw_only=True):
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-class Capabilities(Record, tag="edgekd.capabilities/1", kw_only=True):
+class Capabilities(Record, tag="edgekd.capabilities/1", frozen=True, kw_only=True):
     """What a runtime on a device can do; known at connect, before anything is trained.
 
     `schemes` are quantization schemes in the order of preference on this device; `channel_steps` are widths at which
@@ -144,7 +144,7 @@ class Capabilities(Record, tag="edgekd.capabilities/1", kw_only=True):
     proven_on_hardware: bool = False
 
 
-class Measurement(Record, tag="edgekd.measurement/1", kw_only=True):
+class Measurement(Record, tag="edgekd.measurement/1", frozen=True, kw_only=True):
     """What one artifact took on one target: raw launches with their conditions.
 
     `valid` is false when too many launches were rejected; `reason` says why. `simulated` is empty for a real device,
@@ -166,7 +166,7 @@ class Measurement(Record, tag="edgekd.measurement/1", kw_only=True):
     taken_at: str = ""
 
 
-class OpTime(Record, tag="edgekd.op_time/1", kw_only=True):
+class OpTime(Record, tag="edgekd.op_time/1", frozen=True, kw_only=True):
     """How long one operator took, median over runs, as the runtime's own profiler tells."""
 
     name: str
@@ -176,7 +176,7 @@ class OpTime(Record, tag="edgekd.op_time/1", kw_only=True):
     provider: str = ""
 
 
-class SupportReport(Record, tag="edgekd.support/1", kw_only=True):
+class SupportReport(Record, tag="edgekd.support/1", frozen=True, kw_only=True):
     """Whether a target runs a model; `missing` names operators (and inputs) it cannot, each with the reason."""
 
     supported: bool

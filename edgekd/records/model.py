@@ -30,7 +30,7 @@ class Format(str, Enum):
     TENSORRT = "tensorrt"
 
 
-class TensorSpec(Record, tag="edgekd.tensor/1", kw_only=True):
+class TensorSpec(Record, tag="edgekd.tensor/1", frozen=True, kw_only=True):
     """One tensor: `shape` holds sizes, and names for symbolic axes, for example `("batch", 3, 32, 32)`."""
 
     name: str
@@ -62,14 +62,14 @@ class TensorSpec(Record, tag="edgekd.tensor/1", kw_only=True):
         return tuple(out)
 
 
-class StatePair(Record, tag="edgekd.state/1", kw_only=True):
+class StatePair(Record, tag="edgekd.state/1", frozen=True, kw_only=True):
     """An output that is fed back as an input at the next step."""
 
     output: str
     input: str
 
 
-class IOSpec(Record, tag="edgekd.io/1", kw_only=True):
+class IOSpec(Record, tag="edgekd.io/1", frozen=True, kw_only=True):
     """What a model takes and gives. Outputs of any nesting are flattened to tensors named by their key path."""
 
     inputs: tuple[TensorSpec, ...]
@@ -86,7 +86,7 @@ class IOSpec(Record, tag="edgekd.io/1", kw_only=True):
                 raise ModelError(f"two {kind}s share a name", found=names, hint=f"give every {kind} its own name")
 
 
-class Artifact(Record, tag="edgekd.artifact/1", kw_only=True):
+class Artifact(Record, tag="edgekd.artifact/1", frozen=True, kw_only=True):
     """A converted model: a set of files with their hashes, and what is in them. Paths are not part of it."""
 
     files: dict[str, str]
@@ -120,7 +120,7 @@ class Artifact(Record, tag="edgekd.artifact/1", kw_only=True):
         ).digest()
 
 
-class CalibrationSpec(Record, tag="edgekd.calibration/1", kw_only=True):
+class CalibrationSpec(Record, tag="edgekd.calibration/1", frozen=True, kw_only=True):
     """Which inputs calibrated the activations, and how."""
 
     method: str
@@ -129,7 +129,7 @@ class CalibrationSpec(Record, tag="edgekd.calibration/1", kw_only=True):
     data_hash: str
 
 
-class QuantRecipe(Record, tag="edgekd.recipe/1", kw_only=True):
+class QuantRecipe(Record, tag="edgekd.recipe/1", frozen=True, kw_only=True):
     """How a model is quantized; data, so that it can be hashed, stored and applied again.
 
     `scheme` is one of `u8s8`, `s8s8`, `u8s8_reduced`; `float_ops` lists the nodes that stay in float, by name.
@@ -142,7 +142,7 @@ class QuantRecipe(Record, tag="edgekd.recipe/1", kw_only=True):
     op_rules: dict[str, str] = {}
 
 
-class Cut(Record, tag="edgekd.cut/1", kw_only=True):
+class Cut(Record, tag="edgekd.cut/1", frozen=True, kw_only=True):
     """The indices that stay along one dimension of one module's weight (written by the space `Pruned`)."""
 
     module: str
@@ -150,7 +150,7 @@ class Cut(Record, tag="edgekd.cut/1", kw_only=True):
     indices: tuple[int, ...]
 
 
-class Probe(Record, tag="edgekd.probe/1", kw_only=True):
+class Probe(Record, tag="edgekd.probe/1", frozen=True, kw_only=True):
     """A seeded input and the outputs it must give: `outputs` holds flat values per output tensor, rounded to 1e-6."""
 
     input_seed: int
@@ -158,7 +158,7 @@ class Probe(Record, tag="edgekd.probe/1", kw_only=True):
     tolerance: float = 1e-4
 
 
-class StudentSpec(Record, tag="edgekd.student/1", kw_only=True):
+class StudentSpec(Record, tag="edgekd.student/1", frozen=True, kw_only=True):
     """What is needed to rebuild a student from its factory and its weights.
 
     `factory` is `module:qualname`, or empty when it cannot be imported (a lambda, `__main__`); then

@@ -19,7 +19,7 @@ class Outcome(str, Enum):
     REFUSE = "refuse"
 
 
-class Budget(Record, tag="edgekd.budget/1", kw_only=True):
+class Budget(Record, tag="edgekd.budget/1", frozen=True, kw_only=True):
     """What the student may cost. Give `latency_ms`, or `latency_share` of the teacher's latency on the same target.
 
     `percentile` is of the inferences within a launch, in (0, 100). `max_drop` and `accuracy_floor` are in the task's metric
@@ -61,7 +61,7 @@ class Budget(Record, tag="edgekd.budget/1", kw_only=True):
             raise BudgetError("max_drop must not be negative", found=self.max_drop, hint="0.02 allows two points less than the teacher")
 
 
-class Check(Record, tag="edgekd.check/1", kw_only=True):
+class Check(Record, tag="edgekd.check/1", frozen=True, kw_only=True):
     """One budget line against its evidence: `value` with its confidence limits `lower` and `upper`, in `unit`."""
 
     name: str
@@ -77,7 +77,7 @@ class Check(Record, tag="edgekd.check/1", kw_only=True):
     undecided: bool = False
 
 
-class Verdict(Record, tag="edgekd.verdict/1", kw_only=True):
+class Verdict(Record, tag="edgekd.verdict/1", frozen=True, kw_only=True):
     """Pass, fail or refuse, with every check. `simulated` names the kind of simulation the numbers come from, if any."""
 
     outcome: Outcome
@@ -87,7 +87,7 @@ class Verdict(Record, tag="edgekd.verdict/1", kw_only=True):
     accepted_simulated: bool = False
 
 
-class Score(Record, tag="edgekd.score/1", kw_only=True):
+class Score(Record, tag="edgekd.score/1", frozen=True, kw_only=True):
     """Where an artifact stands when a ledger row is written. Latencies carry the half width of their interval."""
 
     latency_ms: NonNegativeFloat | None = None
@@ -97,7 +97,7 @@ class Score(Record, tag="edgekd.score/1", kw_only=True):
     precision: str = ""
 
 
-class LedgerRow(Record, tag="edgekd.ledger_row/1", kw_only=True):
+class LedgerRow(Record, tag="edgekd.ledger_row/1", frozen=True, kw_only=True):
     """One step: what it did to what, before and after, whether it was kept. `decision` is `kept`, `rolled back`, `skipped` or `noted`."""
 
     stage: str
@@ -110,13 +110,13 @@ class LedgerRow(Record, tag="edgekd.ledger_row/1", kw_only=True):
     details: dict[str, float | int | str | bool] = {}
 
 
-class Ledger(Record, tag="edgekd.ledger/1", kw_only=True):
+class Ledger(Record, tag="edgekd.ledger/1", frozen=True, kw_only=True):
     """The account of every step of a run, in order."""
 
     rows: tuple[LedgerRow, ...] = ()
 
 
-class TensorParity(Record, tag="edgekd.tensor_parity/1", kw_only=True):
+class TensorParity(Record, tag="edgekd.tensor_parity/1", frozen=True, kw_only=True):
     """How one output tensor of a hop compares with its source. `sqnr_db` is signal to error in decibel."""
 
     name: str
@@ -131,7 +131,7 @@ class TensorParity(Record, tag="edgekd.tensor_parity/1", kw_only=True):
     reason: str = ""
 
 
-class HopParity(Record, tag="edgekd.hop_parity/1", kw_only=True):
+class HopParity(Record, tag="edgekd.hop_parity/1", frozen=True, kw_only=True):
     """One hop of the road, for example `torch -> onnx`, on `samples` real inputs; `agreement` is the task's."""
 
     hop: str
@@ -142,7 +142,7 @@ class HopParity(Record, tag="edgekd.hop_parity/1", kw_only=True):
     first_bad: str = ""
 
 
-class Point(Record, tag="edgekd.point/1", kw_only=True):
+class Point(Record, tag="edgekd.point/1", frozen=True, kw_only=True):
     """One measured candidate for the plot: latency in milliseconds with its limits, accuracy if it was trained."""
 
     label: str
@@ -155,7 +155,7 @@ class Point(Record, tag="edgekd.point/1", kw_only=True):
     role: str = "candidate"
 
 
-class Manifest(Record, tag="edgekd.manifest/1", kw_only=True):
+class Manifest(Record, tag="edgekd.manifest/1", frozen=True, kw_only=True):
     """What a bundle holds and claims; `files` maps every file of the bundle but the manifest to its SHA-256."""
 
     edgekd: str

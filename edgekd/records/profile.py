@@ -7,7 +7,7 @@ from edgekd.records.measure import LaunchProtocol, Limits, MeasurePlan
 from edgekd.records.model import Positive, Precision
 
 
-class TransportConfig(Record, tag="edgekd.transport/1", kw_only=True):
+class TransportConfig(Record, tag="edgekd.transport/1", frozen=True, kw_only=True):
     """How the device is reached. `kind` is a registered transport; `workdir` is a private folder on the device."""
 
     kind: str = "local"
@@ -19,7 +19,7 @@ class TransportConfig(Record, tag="edgekd.transport/1", kw_only=True):
     workdir: str = ""
 
 
-class RuntimeConfig(Record, tag="edgekd.runtime/1", kw_only=True):
+class RuntimeConfig(Record, tag="edgekd.runtime/1", frozen=True, kw_only=True):
     """What runs the model. `precisions` are those to try on this target, the preferred one first."""
 
     kind: str = "onnxruntime"
@@ -28,7 +28,7 @@ class RuntimeConfig(Record, tag="edgekd.runtime/1", kw_only=True):
     options: dict[str, str | int | float | bool] = {}
 
 
-class MeasureConfig(Record, tag="edgekd.measure/1", kw_only=True):
+class MeasureConfig(Record, tag="edgekd.measure/1", frozen=True, kw_only=True):
     """The two grades, and the widest limits of validity (an A/A run on the device narrows them)."""
 
     screen: MeasurePlan = MeasurePlan(
@@ -44,7 +44,7 @@ class MeasureConfig(Record, tag="edgekd.measure/1", kw_only=True):
     lock_wait_s: float = 60.0
 
 
-class Profile(Record, tag="edgekd.profile/1", kw_only=True):
+class Profile(Record, tag="edgekd.profile/1", frozen=True, kw_only=True):
     """A target on file. `identity` names the fingerprint's fields that make a device the same device."""
 
     name: str
