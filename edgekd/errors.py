@@ -14,7 +14,8 @@ EdgekdError
 │   ├── LinkLost              the connection broke
 │   ├── DeviceTimeout         a deadline passed
 │   ├── DeviceBusy            somebody else holds the device
-│   └── RunnerFailed          the program on the device died or spoke nonsense
+│   ├── RunnerFailed          the program on the device died or spoke nonsense
+│   └── MeasurementInvalid    no launch was valid, so there is nothing to judge: ends in refuse
 ├── StorageError              the disk is full or not writable
 └── Rejected                  a candidate does not qualify: the search goes on
     ├── ConversionRejected    a converter refused the model
@@ -133,6 +134,12 @@ class DeviceBusy(DeviceError):
 
 class RunnerFailed(DeviceError):
     """The program on the device died, or its answer cannot be read."""
+
+
+class MeasurementInvalid(DeviceError):
+    """No launch was valid (contended, throttled), so there is no number to judge. It ends a command like a refuse."""
+
+    exit_code: ClassVar[int] = EXIT_REFUSE
 
 
 class StorageError(EdgekdError):

@@ -2,6 +2,7 @@
 
 from edgekd.records.base import Record
 from edgekd.records.measure import (
+    AaRun,
     Capabilities,
     Clock,
     Fingerprint,
@@ -44,6 +45,7 @@ from edgekd.records.outcome import (
 from edgekd.records.profile import MeasureConfig, Profile, RuntimeConfig, TransportConfig
 
 __all__ = [
+    "AaRun",
     "Artifact",
     "Budget",
     "CalibrationSpec",

@@ -67,6 +67,7 @@ class Limits(Record, tag="edgekd.limits/1", frozen=True, kw_only=True):
     `cpu_share_min`: CPU time over wall time of the timed loop per thread. `steal_max`: share of CPU time taken by the hypervisor.
     `sentinel_drift_max`: relative excess of a fixed kernel's time over its calibration. `spread_max`: p90/p50 of a launch.
     `frequency_drop_max`: relative fall of the clock during a launch. `temperature_rise_max_c`: kelvin within a launch.
+    `sentinel_ns`: the calibrated time of the fixed kernel, from the A/A run; without it the drift is not checked.
     """
 
     cpu_share_min: Share | None = 0.95
@@ -76,6 +77,7 @@ class Limits(Record, tag="edgekd.limits/1", frozen=True, kw_only=True):
     frequency_drop_max: Share | None = 0.10
     temperature_rise_max_c: PositiveFloat | None = 5.0
     temperature_max_c: PositiveFloat | None = None
+    sentinel_ns: Positive | None = None
 
 
 class Snapshot(Record, tag="edgekd.snapshot/1", frozen=True, kw_only=True):
@@ -163,6 +165,25 @@ class Measurement(Record, tag="edgekd.measurement/1", frozen=True, kw_only=True)
     simulated: str = ""
     valid: bool = True
     reason: str = ""
+    taken_at: str = ""
+
+
+class AaRun(Record, tag="edgekd.aa_run/1", kw_only=True):
+    """The same artifact measured under two labels: what the device's own noise is, and the limits of validity that follow.
+
+    `block_sd` is the standard deviation of the log-ratio of the two labels' medians per block (0.01 is about 1 %), `offset` its mean.
+    `contended` says why the run is no basis for a calibration; then `limits` are the profile's own. `launches` are all that were run.
+    """
+
+    limits: Limits
+    block_sd: NonNegativeFloat
+    offset: float
+    protocol: LaunchProtocol
+    artifact: str
+    fingerprint: Fingerprint
+    launches: tuple[Launch, ...]
+    contended: str = ""
+    simulated: str = ""
     taken_at: str = ""
 
 
