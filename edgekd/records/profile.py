@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from msgspec import Meta
+
 from edgekd.records.base import Record
-from edgekd.records.measure import LaunchProtocol, Limits, MeasurePlan
+from edgekd.records.measure import LaunchProtocol, Limits, MeasurePlan, NonNegativeFloat
 from edgekd.records.model import Positive, Precision
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
 class TransportConfig(Record, tag="edgekd.transport/1", frozen=True, kw_only=True):
@@ -12,7 +18,7 @@ class TransportConfig(Record, tag="edgekd.transport/1", frozen=True, kw_only=Tru
 
     kind: str = "local"
     host: str = ""
-    port: int = 0
+    port: Port = 0
     user: str = ""
     serial: str = ""
     python: str = ""
@@ -40,8 +46,8 @@ class MeasureConfig(Record, tag="edgekd.measure/1", frozen=True, kw_only=True):
     )
     verdict: MeasurePlan = MeasurePlan()
     limits: Limits = Limits()
-    cooldown_s: float = 0.0
-    lock_wait_s: float = 60.0
+    cooldown_s: NonNegativeFloat = 0.0
+    lock_wait_s: NonNegativeFloat = 60.0
 
 
 class Profile(Record, tag="edgekd.profile/1", frozen=True, kw_only=True):

@@ -1,0 +1,144 @@
+"""A profile made live: the transport opened, the runtime on it checked, the device identified."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from edgekd import registry
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import Runtime, Transport
+from edgekd.errors import ConfigError, ProfileError, near_names
+from edgekd.profile_file import Overrides, load_profile, override_profile
+from edgekd.records import Capabilities, Fingerprint, Profile, SupportReport
+
+
+class LiveTarget:
+    """A target to measure and run on. Open it with `with`, or with `open` and `close`; it can be opened again after closing.
+
+    `transport` and `runtime` exist from the start; `capabilities` and `fingerprint` from `open` on.
+    """
+
+    profile: Profile
+    transport: Transport
+    runtime: Runtime
+    capabilities: Capabilities
+    fingerprint: Fingerprint
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self._stack: ExitStack | None = None
+        self._build()
+
+    def _build(self) -> None:
+        self.transport = _plugin("transports", "transport.kind", self.profile.transport.kind, self.profile)(self.profile)
+        self.runtime = _plugin("runtimes", "runtime.kind", self.profile.runtime.kind, self.profile)(self.profile, self.transport)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("capabilities", "fingerprint"):
+            raise ConfigError(f"the target has no {name} before it is open", hint="with edgekd.connect(...) as target: ...", subject=name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def name(self) -> str:
+        """The profile's name."""
+        return self.profile.name
+
+    @property
+    def simulated(self) -> str:
+        """Empty for a real device, else `null`, `emulated` or `fake`, as the runtime says."""
+        return self.capabilities.simulated
+
+    def open(self) -> LiveTarget:
+        """The target itself, connected: transport, then runtime, then what it is and can do. On an error all is closed again.
+
+        Raises:
+            DeviceError: the device cannot be reached, or lacks the runtime.
+            MissingDependency: a package is missing on this machine.
+            ProfileError: the profile asks for a precision that the runtime lacks, or identifies the device by a field that
+                its fingerprint lacks.
+            ConfigError: the target is open already.
+        """
+        if self._stack is not None:
+            raise ConfigError(f"the target {self.name!r} is open already", hint="use the target at hand, or close it first", subject=self.name)
+        if "fingerprint" in vars(self):  # a second time: plug-ins start fresh
+            self._build()
+        with ExitStack() as stack:
+            stack.callback(self.transport.close)
+            self.transport.open()
+            stack.callback(self.runtime.close)
+            self.runtime.open()
+            self.capabilities = self.runtime.capabilities()
+            fields = {"runtime": self.runtime.name, "threads": str(self.profile.runtime.threads)} | self.runtime.fingerprint().fields
+            self.fingerprint = Fingerprint(fields=fields)
+            self._check()
+            self._stack = stack.pop_all()
+        return self
+
+    def close(self) -> None:
+        """Release the runtime, then the transport; it is no error if nothing is open."""
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def __enter__(self) -> LiveTarget:
+        return self.open()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def supports(self, model: StoredArtifact) -> SupportReport:
+        """Whether the runtime on this device runs the model, and what it cannot."""
+        return self.runtime.supports(model)
+
+    def identity_of(self) -> dict[str, str]:
+        """The fields of the fingerprint that make this device the same device, by name; the profile says which."""
+        return {name: self.fingerprint.fields[name] for name in self.profile.identity}
+
+    def _check(self) -> None:
+        for precision in self.profile.runtime.precisions:
+            if precision not in self.capabilities.precisions:
+                raise ProfileError(
+                    f"the profile {self.name!r} asks for a precision that its runtime lacks on this device",
+                    found=precision.value,
+                    allowed=", ".join(item.value for item in self.capabilities.precisions),
+                    hint="change runtime.precisions",
+                    subject=self.name,
+                )
+        for field in self.profile.identity:
+            if field not in self.fingerprint.fields:
+                raise ProfileError(
+                    f"the profile {self.name!r} identifies the device by a field that the device does not tell",
+                    found=field,
+                    allowed=near_names(field, self.fingerprint.fields),
+                    hint="change `identity`",
+                    subject=self.name,
+                )
+
+
+def connect(profile: str | Path | Profile = "local", *, overrides: Overrides = ()) -> LiveTarget:
+    """The target of this profile (a name, a path or a record), not yet open: use it as a context manager.
+
+    `overrides` change fields for this call, for example `("runtime.threads=2",)`.
+
+    Raises:
+        ProfileError: no such profile, an unknown key, a value that cannot be used, or a transport or runtime that no
+            plug-in provides.
+    """
+    record = override_profile(profile, overrides) if isinstance(profile, Profile) else load_profile(profile, overrides)
+    return LiveTarget(record)
+
+
+def _plugin(kind: str, key: str, name: str, profile: Profile) -> Any:
+    known = registry.table(kind)
+    if name not in known:
+        raise ProfileError(
+            f"the profile {profile.name!r} names a {key.partition('.')[0]} that no plug-in provides",
+            found=f'{key} = "{name}"',
+            allowed=near_names(name, known),
+            hint="correct the name, or install the package that provides it",
+            subject=name,
+        )
+    return registry.load(kind, name)
