@@ -151,9 +151,13 @@ class Cut(Record, tag="edgekd.cut/1", frozen=True, kw_only=True):
 
 
 class Probe(Record, tag="edgekd.probe/1", frozen=True, kw_only=True):
-    """A seeded input and the outputs it must give: `outputs` holds flat values per output tensor, rounded to 1e-6."""
+    """A seeded input and the outputs it must give: `outputs` holds flat values per output tensor, rounded to 1e-6.
+
+    `inputs` describes what is drawn, in the order of the module's arguments, uniform over each `value_range`.
+    """
 
     input_seed: int
+    inputs: tuple[TensorSpec, ...] = ()
     outputs: dict[str, tuple[float, ...]]
     tolerance: float = 1e-4
 
