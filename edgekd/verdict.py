@@ -1,0 +1,261 @@
+"""The one function that decides pass, fail or refuse, for compress, validate and gate alike (the latency's rule is in `latency`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from edgekd.errors import EXIT_FAIL, EXIT_PASS, EXIT_REFUSE, BudgetError, DataError, InputError
+from edgekd.latency import (
+    CONTENT,
+    ROUNDING,
+    check_latency,
+    estimate_latency,
+    latencies_ms,
+    look_confidence,
+    planned_looks,
+    require_samples,
+)
+from edgekd.records import Budget, Check, Clock, Measurement, MeasurePlan, Outcome, Verdict
+from edgekd.stats import (
+    CONFIDENCE,
+    Interval,
+    finite_vector,
+    mean_bounds,
+    normal_quantile,
+    paired_binary_interval,
+    paired_counts,
+    paired_interval,
+    proportion_interval,
+)
+
+__all__ = [
+    "CONTENT",
+    "EXIT_OF",
+    "check_accuracy",
+    "check_ceiling",
+    "check_floor",
+    "check_latency",
+    "combine",
+    "estimate_latency",
+    "is_undecided",
+    "judge",
+    "latencies_ms",
+    "look_confidence",
+    "planned_looks",
+    "require_samples",
+    "resolve_limit_ms",
+]
+
+EXIT_OF: Mapping[Outcome, int] = {Outcome.PASS: EXIT_PASS, Outcome.FAIL: EXIT_FAIL, Outcome.REFUSE: EXIT_REFUSE}
+"""The exit code of a command that ends in a verdict."""
+
+_POWER = 0.95
+
+
+def _items_needed(spread: float, distance: float) -> str:
+    """How many items would separate a difference from the limit with 95 % power, given the variance of one paired difference."""
+    if distance <= 0.0:
+        return "no number of items decides a difference that lies at the limit"
+    z = normal_quantile(CONFIDENCE)
+    n = max((z + normal_quantile(_POWER)) ** 2 * spread / distance**2, z * z * (1.0 - min(distance, 1.0)) / distance)
+    return f"about {math.ceil(n)} items would decide it if the difference stays as seen"
+
+
+def check_accuracy(student_scores: ArrayLike, teacher_scores: ArrayLike, max_drop: float, binary: bool) -> Check:
+    """The paired difference of the scores, student minus teacher, against `-max_drop`.
+
+    Passes iff its lower bound is above -max_drop, fails iff its upper bound is below, else refuses: 99 % at each end. Binary scores
+    take Tango's interval. Its lower bound lets a true drop of exactly max_drop pass in at most 1.05 % of the cases; its plain upper
+    bound would fail such a student in up to 2 % where few items decide, so the upper bound is taken with one loss fewer: at most
+    1.2 % (exact sizes by enumeration over 40 to 719 items, drops of 0 to 0.1; see the tests).
+    Graded scores take the t interval, which needs a mean that is close to normal. Values are differences of the task's metric.
+
+    Raises:
+        DataError: lengths differ, values are not finite, or binary scores are not 0 or 1.
+        InputError: `max_drop` is negative or not finite.
+    """
+    if not (math.isfinite(max_drop) and max_drop >= 0.0):
+        raise BudgetError("max_drop must be a number of at least 0", found=max_drop)
+    student, teacher = finite_vector("the student's scores", student_scores), finite_vector("the teacher's scores", teacher_scores)
+    if student.shape != teacher.shape:
+        raise DataError("student and teacher are scored on the same items", found=f"{student.size} and {teacher.size} scores")
+    n = student.size
+    if binary:
+        n11, n10, n01, n00 = paired_counts(student, teacher)
+        bounds = paired_binary_interval(n11, n10, n01, n00, CONFIDENCE)
+        upper = paired_binary_interval(n11, n10, n01 - 1, n00 + 1, CONFIDENCE).upper if n01 else bounds.upper
+        bounds = Interval(bounds.value, bounds.lower, max(upper, bounds.upper))
+        spread = (n10 + n01) / n - bounds.value**2
+        counts = f"{n} items, {n10} only the student has right, {n01} only the teacher"
+    else:
+        diff = student - teacher
+        bounds = paired_interval(diff, CONFIDENCE)
+        spread = float(diff.var(ddof=1))
+        counts = f"{n} items, {int(np.count_nonzero(diff > 0))} better, {int(np.count_nonzero(diff < 0))} worse"
+    numbers = f"difference {bounds.value:+.4f} in [{bounds.lower:+.4f}, {bounds.upper:+.4f}], limit {-max_drop:+.4f} ({counts})"
+    if bounds.lower > -max_drop:
+        outcome, reason = Outcome.PASS, numbers
+    elif bounds.upper < -max_drop:
+        outcome, reason = Outcome.FAIL, numbers
+    else:
+        outcome, reason = Outcome.REFUSE, f"{numbers}; {_items_needed(spread, abs(bounds.value + max_drop))}"
+    return Check(
+        name="accuracy drop",
+        outcome=outcome,
+        value=bounds.value,
+        limit=-max_drop,
+        unit="",
+        lower=bounds.lower,
+        upper=bounds.upper,
+        confidence=CONFIDENCE,
+        n=n,
+        reason=reason,
+    )
+
+
+def check_floor(scores: ArrayLike, floor: float, binary: bool, name: str = "accuracy floor") -> Check:
+    """The mean score against a floor: passes iff its lower 99 % bound reaches it, fails iff the upper one does not, else refuses.
+
+    Binary scores take Wilson's interval, graded ones the t interval.
+    """
+    if not math.isfinite(floor):
+        raise BudgetError(f"the {name} must be a finite number", found=floor)
+    values = finite_vector("the scores", scores)
+    if binary:
+        right = paired_counts(values, values)[0]
+        bounds = proportion_interval(right, values.size, CONFIDENCE)
+    else:
+        bounds = mean_bounds(values, CONFIDENCE)
+    outcome = Outcome.PASS if bounds.lower >= floor else Outcome.FAIL if bounds.upper < floor else Outcome.REFUSE
+    numbers = f"{bounds.value:.4f} in [{bounds.lower:.4f}, {bounds.upper:.4f}], floor {floor:.4f} ({values.size} items)"
+    return Check(
+        name=name,
+        outcome=outcome,
+        value=bounds.value,
+        limit=floor,
+        unit="",
+        lower=bounds.lower,
+        upper=bounds.upper,
+        confidence=CONFIDENCE,
+        n=values.size,
+        reason=numbers,
+    )
+
+
+def check_ceiling(name: str, value: float | None, limit: float, unit: str) -> Check:
+    """A value that is known exactly (size, peak memory) against its ceiling; `None`, the device does not tell, refuses."""
+    if not (math.isfinite(limit) and limit > 0):
+        raise BudgetError(f"the limit of {name} must be a positive number", found=limit)
+    if value is None:
+        return Check(name=name, outcome=Outcome.REFUSE, value=0.0, limit=limit, unit=unit, reason=f"the device does not report {name}")
+    if not math.isfinite(value):
+        raise InputError(f"the value of {name} is not a finite number", found=value)
+    within = value <= limit
+    reason = f"{value:.4g} {unit} {'within' if within else 'above'} {limit:.4g} {unit}"
+    return Check(name=name, outcome=Outcome.PASS if within else Outcome.FAIL, value=value, limit=limit, unit=unit, n=1, reason=reason)
+
+
+def combine(checks: Sequence[Check], simulated: str = "", accept_simulated: bool = False) -> Verdict:
+    """Any fail is a fail; else any refuse is a refuse; else pass. Simulated numbers cannot pass unless `accept_simulated`.
+
+    The reason is one line with the numbers of the check that decided.
+
+    Raises:
+        InputError: there are no checks.
+    """
+    if not checks:
+        raise InputError("a verdict needs at least one check")
+    deciding = [check for check in checks if check.outcome is Outcome.FAIL] or [check for check in checks if check.outcome is Outcome.REFUSE]
+    outcome = deciding[0].outcome if deciding else Outcome.PASS
+    reason = "; ".join(f"{check.name}: {check.reason}" for check in deciding or checks)
+    if simulated and not accept_simulated and outcome is not Outcome.FAIL:
+        outcome, reason = Outcome.REFUSE, f"simulated ({simulated}); {reason}"
+    return Verdict(outcome=outcome, checks=tuple(checks), reason=reason, simulated=simulated, accepted_simulated=bool(simulated) and accept_simulated)
+
+
+def is_undecided(verdict: Verdict) -> bool:
+    """Whether more launches may change the verdict: nothing failed, and a check waits for launches."""
+    return not any(check.outcome is Outcome.FAIL for check in verdict.checks) and any(check.undecided for check in verdict.checks)
+
+
+def judge(
+    *,
+    budget: Budget,
+    limit_ms: float,
+    measurement: Measurement,
+    plan: MeasurePlan,
+    student_scores: ArrayLike | None = None,
+    teacher_scores: ArrayLike | None = None,
+    binary: bool = True,
+    size_bytes: int | None = None,
+    accept_simulated: bool = False,
+    teacher_measurement: Measurement | None = None,
+) -> Verdict:
+    """Pass, fail or refuse: every line of the budget against its evidence.
+
+    `limit_ms` is the latency limit from `resolve_limit_ms`, resolved once and then kept. Scores are per item on the test split,
+    in the same order. Give `teacher_measurement` where the limit is a share of the teacher's latency: if it is invalid the limit is worth nothing
+    and the verdict refuses.
+
+    Raises:
+        InputError: evidence for a line of the budget is missing, not finite, or too small for the percentile.
+    """
+    checks = [check_latency(measurement, limit_ms, budget.percentile, budget.clock, plan)]
+    if budget.latency_share is not None and teacher_measurement is not None and not teacher_measurement.valid:
+        checks.append(
+            Check(name="latency limit", outcome=Outcome.REFUSE, value=limit_ms, limit=limit_ms, unit="ms", reason=f"the teacher's {teacher_measurement.reason}")
+        )
+    if budget.first_inference_ms is not None:
+        checks.append(check_latency(measurement, budget.first_inference_ms, budget.percentile, Clock.FIRST, plan, "first inference"))
+    if budget.init_ms is not None:
+        checks.append(check_latency(measurement, budget.init_ms, budget.percentile, Clock.INIT, plan, "initialization"))
+    if budget.size_mb is not None:
+        if size_bytes is None:
+            raise InputError("the budget limits the size, but no size was given", hint="pass size_bytes=artifact.record.size_bytes")
+        checks.append(check_ceiling("size", size_bytes / 1e6, budget.size_mb, "MB"))
+    if budget.memory_mb is not None:
+        peaks = [launch.peak_memory_bytes for launch in measurement.launches if launch.peak_memory_bytes is not None]
+        checks.append(check_ceiling("memory", max(peaks) / 1e6 if peaks else None, budget.memory_mb, "MB"))
+    if budget.max_drop is not None:
+        if student_scores is None or teacher_scores is None:
+            raise InputError("the budget limits the drop, but scores are missing", hint="score student and teacher on the same items")
+        checks.append(check_accuracy(student_scores, teacher_scores, budget.max_drop, binary))
+    if budget.accuracy_floor is not None:
+        if student_scores is None:
+            raise InputError("the budget has an accuracy floor, but the student's scores are missing")
+        checks.append(check_floor(student_scores, budget.accuracy_floor, binary))
+    return combine(checks, measurement.simulated, accept_simulated)
+
+
+def resolve_limit_ms(budget: Budget, teacher_measurement: Measurement | None = None, *, allow_extreme: bool = False) -> float:
+    """The latency limit in milliseconds: the budget's own, or its share of the teacher's geometric mean over valid launches.
+
+    With a teacher's measurement, an absolute limit is checked for its unit.
+
+    Raises:
+        BudgetError: a share without a teacher; or a limit above the teacher's latency or below a hundredth of it, unless `allow_extreme`.
+        MeasurementInvalid: the teacher has no valid launch.
+    """
+    if budget.latency_share is not None and teacher_measurement is None:
+        raise BudgetError("a budget as a share needs the teacher's latency on this target", found=f"latency_share={budget.latency_share}")
+    if teacher_measurement is None:
+        assert budget.latency_ms is not None  # Budget holds exactly one of the two
+        return budget.latency_ms
+    if not teacher_measurement.launches and budget.latency_ms is not None:
+        return budget.latency_ms  # the plausibility of an absolute limit cannot be checked; the verdict refuses on its own
+    teacher_ms = estimate_latency(teacher_measurement, budget.percentile, budget.clock).value
+    limit = budget.latency_ms if budget.latency_ms is not None else budget.latency_share * teacher_ms  # type: ignore[operator]
+    if not allow_extreme and not teacher_ms / 100.0 <= limit <= teacher_ms * (1.0 + ROUNDING):
+        above = limit > teacher_ms
+        raise BudgetError(
+            f"the latency limit is {'above the teacher own latency' if above else 'below a hundredth of the teacher latency'}",
+            found=f"limit {limit:.4g} ms, teacher {teacher_ms:.4g} ms at p{budget.percentile:g}",
+            allowed=f"{teacher_ms / 100.0:.4g} to {teacher_ms:.4g} ms",
+            hint="latencies are in milliseconds (0.3 ms, not 300 us or 0.0003 s); allow_extreme=True accepts it as it is",
+            subject="latency_ms",
+        )
+    return limit
