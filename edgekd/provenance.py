@@ -29,7 +29,7 @@ class Origin(NamedTuple):
 
 def describe_factory(factory: Callable[..., Any]) -> Origin:
     """How a factory is found again: by name, if the name leads back to it."""
-    digest = source_hash(factory)
+    digest = code_hash(factory)
     qualname = getattr(factory, "__qualname__", "")
     module = getattr(factory, "__module__", "")
     if not qualname or not module:
@@ -70,7 +70,7 @@ def import_factory(name: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def source_hash(function: Callable[..., Any]) -> str:
+def code_hash(function: Callable[..., Any]) -> str:
     """A SHA-256 that changes when the callable changes.
 
     A function: its own source and, through the names it uses, the functions, classes and plain constants of the same

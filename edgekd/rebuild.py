@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgekd.contracts import Tensors
 from edgekd.errors import InputError, MissingDependency, ModelError
-from edgekd.provenance import import_factory, source_hash
+from edgekd.provenance import import_factory, code_hash
 from edgekd.records import Probe, StudentSpec, TensorSpec
 from edgekd.spaces import call_factory
 from edgekd.storage import write_atomic
@@ -232,10 +232,10 @@ def rebuild(spec: StudentSpec, weights: Path, *, teacher_module: torch.nn.Module
         )
     if spec.factory:
         factory = import_factory(spec.factory)
-        if not allow_changed and source_hash(factory) != spec.factory_hash:
+        if not allow_changed and code_hash(factory) != spec.factory_hash:
             raise InputError(
                 f"the source of the factory {spec.factory} is not the one that was recorded",
-                found=source_hash(factory)[:16],
+                found=code_hash(factory)[:16],
                 allowed=spec.factory_hash[:16],
                 hint="restore it, or pass allow_changed=True: names, shapes and the probe are checked all the same",
                 subject=spec.factory,

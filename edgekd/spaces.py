@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekd.errors import ConfigError, ModelError, Rejected, near_names
-from edgekd.provenance import architecture_hash, describe_factory, source_hash
+from edgekd.provenance import architecture_hash, code_hash, describe_factory
 from edgekd.records import StudentSpec
 from edgekd.storage import sha256_file
 
@@ -132,11 +132,11 @@ class Fixed:
         if self.onnx is not None:
             return hashlib.sha256(f"fixed-onnx {sha256_file(self.onnx)}".encode()).hexdigest()
         if self._factory is not None:
-            own = source_hash(self._factory)
+            own = code_hash(self._factory)
         else:
             assert self._module is not None
             own = architecture_hash(self._module)
-        hook = source_hash(self.init) if self.init is not None else ""
+        hook = code_hash(self.init) if self.init is not None else ""
         return hashlib.sha256(f"fixed {own} {hook}".encode()).hexdigest()
 
 
@@ -245,7 +245,7 @@ class Family:
 
     def source_hash(self) -> str:
         """A hash of the sources of factory, `where` and `init`, and of the choices."""
-        parts = [source_hash(function) if function is not None else "" for function in (self.factory, self.where, self.init)]
+        parts = [code_hash(function) if function is not None else "" for function in (self.factory, self.where, self.init)]
         text = json.dumps({"parts": parts, "choices": self.choices, "max": self.max_candidates}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,0 +1,28 @@
+"""The search for students that meet a latency limit under a budget of measurements; free of torch and of targets."""
+
+from edgekd.search.certificate import Infeasible
+from edgekd.search.engine import MeasureBatch, search
+from edgekd.search.halving import HalvingOutcome, RungRow, pick_finalists, rank_by_training
+from edgekd.search.model import Candidate, Seen
+from edgekd.search.outcome import RoundRow, SearchOutcome
+from edgekd.search.predictor import LatencyPredictor, choice_features
+from edgekd.search.selection import Attempt, Selection, choose_passing
+
+__all__ = [
+    "Attempt",
+    "Candidate",
+    "HalvingOutcome",
+    "Infeasible",
+    "LatencyPredictor",
+    "MeasureBatch",
+    "RoundRow",
+    "RungRow",
+    "SearchOutcome",
+    "Seen",
+    "Selection",
+    "choice_features",
+    "choose_passing",
+    "pick_finalists",
+    "rank_by_training",
+    "search",
+]
