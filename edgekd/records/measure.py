@@ -168,7 +168,7 @@ class Measurement(Record, tag="edgekd.measurement/1", frozen=True, kw_only=True)
     taken_at: str = ""
 
 
-class AaRun(Record, tag="edgekd.aa_run/1", kw_only=True):
+class AaRun(Record, tag="edgekd.aa_run/1", frozen=True, kw_only=True):
     """The same artifact measured under two labels: what the device's own noise is, and the limits of validity that follow.
 
     `block_sd` is the standard deviation of the log-ratio of the two labels' medians per block (0.01 is about 1 %), `offset` its mean.
