@@ -287,7 +287,9 @@ def _value(value: Any, kind: inspect.Type, path: tuple[str, ...], origin: _Origi
         return None
     if isinstance(value, float) and not math.isfinite(value):
         raise _wrong(path, value, f"{_allowed(kind)}, finite", origin)
-    if isinstance(kind, inspect.VarTupleType) and isinstance(value, list | tuple):
+    if isinstance(kind, inspect.VarTupleType):
+        if not isinstance(value, list | tuple):
+            raise _wrong(path, value, _allowed(kind), origin)
         return [_value(item, kind.item_type, path, origin) for item in value]
     if not _fits(value, kind):
         raise _wrong(path, value, _allowed(kind, value), origin)

@@ -187,7 +187,7 @@ def test_infer_runs_whole_batches_when_the_batch_is_fixed(tmp_path: Path) -> Non
 def test_infer_refuses_unknown_taps_and_wrong_inputs(tmp_path: Path) -> None:
     runtime, net = make_runtime(), make_net(tmp_path, 4, size=4)
     x = np.zeros((1, 3, 4, 4), np.float32)
-    with pytest.raises(ModelError, match="relu0|r0"):
+    with pytest.raises(ModelError, match="r0"):
         runtime.infer(net, {"x": x}, taps=("r9",))
     with pytest.raises(DataError):
         runtime.infer(net, {"image": x})
