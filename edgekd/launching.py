@@ -1,0 +1,154 @@
+"""What both grades of measurement share: subjects, blocks of launches on the device, and sorting launches into valid and rejected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import BenchmarkRequest, Target, Tensors
+from edgekd.errors import InputError, RunnerFailed
+from edgekd.records import Artifact, Grade, Launch, LaunchProtocol, Limits, Measurement, Record
+from edgekd.storage import sha256_bytes
+from edgekd.validity import validity_reason
+
+R = TypeVar("R", bound=Record)
+
+Progress = Callable[[str, int, int], None]
+"""Told after every block: what is measured, launches that count so far, launches wanted."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One artifact to time. `inputs` hold at least one sample per input, `(rotation, ...)`, the sample axis first."""
+
+    label: str
+    artifact: StoredArtifact
+    inputs: Tensors
+
+
+def utc_now() -> str:
+    """The time in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def by_label(subjects: Sequence[Subject]) -> dict[str, Subject]:
+    """The subjects by their labels, in their order.
+
+    Raises:
+        InputError: no subject, or two with one label.
+    """
+    out = {subject.label: subject for subject in subjects}
+    if not out:
+        raise InputError("there is nothing to measure", found="no subjects")
+    if len(out) != len(subjects):
+        raise InputError("two subjects of a measurement share a label", found=[subject.label for subject in subjects])
+    return out
+
+
+class Bench:
+    """Runs blocks of launches of some subjects on a target under one protocol and keeps every launch, valid or rejected.
+
+    A launch is rejected by its own facts only (`validity.validity_reason`); its label plays no part.
+    """
+
+    def __init__(self, target: Target, subjects: Mapping[str, Subject], protocol: LaunchProtocol, limits: Limits, seed: int) -> None:
+        self.target = target
+        self.subjects = subjects
+        self.protocol = protocol
+        self.limits = limits
+        self.seed = seed
+        self.started_at = utc_now()
+        self.valid: dict[str, list[Launch]] = {label: [] for label in subjects}
+        self.rejected: dict[str, list[Launch]] = {label: [] for label in subjects}
+        self._index = 0
+
+    def taken(self, label: str) -> int:
+        """Launches of the label so far, valid and rejected."""
+        return len(self.valid[label]) + len(self.rejected[label])
+
+    def run(self, schedule: Sequence[str]) -> tuple[Launch, ...]:
+        """One job on the device: one fresh process per label of `schedule`, in that order. Between two jobs the device rests for
+        the longer of the protocol's gap and the profile's cooldown.
+
+        Raises:
+            RunnerFailed: the runtime gave other launches than those asked for.
+            DeviceError: the device or the way to it failed.
+        """
+        rest_s = max(self.protocol.gap_s, self.target.profile.measure.cooldown_s)
+        if self._index and rest_s > 0:
+            time.sleep(rest_s)
+        used = [label for label in self.subjects if label in set(schedule)]
+        launches = self.target.runtime.benchmark(
+            BenchmarkRequest(
+                models={label: self.subjects[label].artifact for label in used},
+                schedule=tuple(schedule),
+                inputs={label: self.subjects[label].inputs for label in used},
+                protocol=self.protocol,
+                first_index=self._index,
+                seed=self.seed,
+            )
+        )
+        if tuple(launch.label for launch in launches) != tuple(schedule):
+            raise RunnerFailed(
+                "the runtime gave other launches than those asked for",
+                found=[launch.label for launch in launches],
+                allowed=list(schedule),
+                subject=self.target.name,
+            )
+        self._index += len(launches)
+        for launch in launches:
+            reason = validity_reason(launch, self.limits)
+            if reason:
+                self.rejected[launch.label].append(msgspec.structs.replace(launch, invalid=reason))
+            else:
+                self.valid[launch.label].append(launch)
+        return launches
+
+    def measurement(self, label: str, grade: Grade, reason: str = "") -> Measurement:
+        """The record of one label; a `reason` makes it invalid."""
+        return Measurement(
+            label=label,
+            grade=grade,
+            artifact=self.subjects[label].artifact.record.content_hash(),
+            protocol=self.protocol,
+            limits=self.limits,
+            launches=tuple(self.valid[label]),
+            rejected=tuple(self.rejected[label]),
+            fingerprint=self.target.fingerprint,
+            simulated=self.target.simulated,
+            valid=not reason,
+            reason=reason,
+            taken_at=self.started_at,
+        )
+
+
+def structure_hash(artifact: Artifact) -> str:
+    """What identifies an artifact for timing: `metadata["structure"]` where its converter wrote one, else all of its bytes.
+
+    Two artifacts that differ in their weights' values only have the same structure and, on the targets known, the same latency.
+    """
+    structure = artifact.metadata.get("structure") or artifact.content_hash()
+    return sha256_bytes("\n".join([structure, artifact.format.value, artifact.precision.value, artifact.iospec.digest()]).encode())
+
+
+def cache_path(folder: Path, kind: str, target: Target, *parts: str) -> Path:
+    """The file for a measurement of `kind` in a shared cache: named by device fingerprint, runtime options and `parts`."""
+    key = "\n".join([target.fingerprint.digest(), target.profile.runtime.digest(), target.simulated, *parts])
+    return folder / kind / f"{sha256_bytes(key.encode())[:40]}.json"
+
+
+def cached(path: Path | None, kind: type[R]) -> R | None:
+    """The record in a cache file, or `None`: no file, or one that another version wrote, which is measured anew and replaced."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        return kind.load(path)
+    except InputError:
+        return None
