@@ -6,7 +6,7 @@ from edgekd.records import Budget, Fingerprint, HopParity, Ledger, Measurement, 
 from edgekd.records.model import NonNegative
 
 
-class Curve(Record, tag="edgekd.curve/1", kw_only=True):
+class Curve(Record, tag="edgekd.curve/1", frozen=True, kw_only=True):
     """One training: values per epoch, epoch 1 first. `validation` is in the task's metric `metric`; both may be empty."""
 
     label: str
@@ -15,7 +15,7 @@ class Curve(Record, tag="edgekd.curve/1", kw_only=True):
     validation: tuple[float, ...] = ()
 
 
-class ClassRow(Record, tag="edgekd.class_row/1", kw_only=True):
+class ClassRow(Record, tag="edgekd.class_row/1", frozen=True, kw_only=True):
     """One class of the test split: `n` items, and the mean score (0 to 1 for accuracy) of teacher and student on them."""
 
     name: str
@@ -24,7 +24,7 @@ class ClassRow(Record, tag="edgekd.class_row/1", kw_only=True):
     student_accuracy: float
 
 
-class ReportData(Record, tag="edgekd.report_data/1", kw_only=True):
+class ReportData(Record, tag="edgekd.report_data/1", frozen=True, kw_only=True):
     """Everything in a report.
 
     `limit_ms` is the latency limit that was judged (a share already resolved). `measurements` are verdict grade, the

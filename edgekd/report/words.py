@@ -12,10 +12,11 @@ OUTCOME_WORDS = {
 
 
 def ms_text(value: float | None) -> str:
-    """A latency with its unit, four figures above 1 ms and four decimals below: `0.3125 ms`, `12.41 ms`."""
+    """A latency with its unit, four decimals below 1 ms and four figures above: `0.3125 ms`, `12.41 ms`."""
     if value is None:
         return "not measured"
-    return f"{value:.4f} ms" if abs(value) < 1 else f"{value:.4g} ms" if abs(value) < 1000 else f"{value:.0f} ms"
+    size = abs(value)
+    return f"{value:.{4 if size < 1 else 3 if size < 10 else 2 if size < 100 else 1}f} ms"
 
 
 def size_text(size_bytes: float | None) -> str:
