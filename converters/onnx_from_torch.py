@@ -1,0 +1,224 @@
+"""From a `torch.nn.Module` to one ONNX file, through the exporter that is built on `torch.export`."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd.artifact import StoredArtifact, store_artifact
+from edgekd.contracts import ConvertRequest
+from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError
+from edgekd.onnx_io import BATCH, PROTO_LIMIT, count_ops, depth_of, iospec_of, name_nodes, opset_of, require_onnx, strip_notes, write_model
+from edgekd.records import Format, IOSpec, Precision
+from edgekd.tree import flatten_outputs
+
+from ._onnx_io import captured, last_message, versions
+
+if TYPE_CHECKING:
+    import torch
+
+_ENTRY = "model.onnx"
+_MAX_BATCH = 1024
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+
+class OnnxFromTorch:
+    """Exports a module with the inputs of the request's IOSpec, in their order, as positional arguments.
+
+    The caller's module is copied; the copy is exported in evaluation mode, in float32, on the CPU. Nodes are named after the module
+    they come from (`layer1.conv/Conv`). Options: `opset` (20) and `batch`: `static` (bound to 1, the default) or `dynamic`.
+    """
+
+    name = "onnx-from-torch"
+    source = "torch"
+    target = "onnx"
+    precisions: tuple[Precision, ...] = (Precision.FP32,)
+
+    def convert(self, request: ConvertRequest) -> StoredArtifact:
+        """The exported file `model.onnx` in `request.folder`.
+
+        Raises:
+            ConversionRejected: the exporter refuses the module; names the module or operator as far as it tells.
+            ConfigError: an unknown option. ModelError: the source is no module. DataError: an example input is missing.
+            MissingDependency: torch, onnx or onnxscript is not installed.
+        """
+        try:
+            import onnxscript  # noqa: F401
+            import torch
+        except ImportError as error:
+            raise MissingDependency(error.name or "torch", "distill", purpose="exporting a torch module") from error
+        require_onnx("exporting a torch module")
+        opset, dynamic = _options(request.options)
+        if not isinstance(request.source, torch.nn.Module):
+            raise ModelError("the exporter takes a torch.nn.Module", found=type(request.source).__name__, subject=self.name)
+        names = tuple(tensor.name for tensor in request.iospec.inputs)
+        arguments = _arguments(request, names, dynamic)
+        module = _copy(request.source)
+        outputs = _output_names(module, arguments)
+        proto = _export(module, arguments, names, outputs, opset, dynamic)
+        folded = count_ops(proto, {"BatchNormalization"})
+        name_nodes(proto, _module_names(proto))
+        strip_notes(proto)
+        iospec = iospec_of(proto, request.iospec)
+        found_inputs, found_outputs = tuple(t.name for t in iospec.inputs), tuple(t.name for t in iospec.outputs)
+        if found_inputs != names or found_outputs != outputs:
+            raise ConversionRejected(
+                "the exported file has other inputs or outputs than the module",
+                found=f"{found_inputs} -> {found_outputs}",
+                allowed=f"{names} -> {outputs}",
+                hint="an input that the model ignores is dropped by the exporter: take it out of the model's arguments",
+                subject=self.name,
+            )
+        iospec = IOSpec(inputs=iospec.inputs, outputs=iospec.outputs, state=iospec.state, static_binding={} if dynamic else {**iospec.static_binding, BATCH: 1})
+        extra = write_model(proto, request.folder, _ENTRY, limit=PROTO_LIMIT)
+        return store_artifact(
+            request.folder,
+            _ENTRY,
+            format=Format.ONNX,
+            precision=Precision.FP32,
+            iospec=iospec,
+            opset=opset_of(proto),
+            producers=versions("torch", "onnx", "onnxscript"),
+            metadata={
+                "converter": self.name,
+                "batch": "dynamic" if dynamic else "static",
+                "batch_normalizations": str(folded),
+                "depth": str(depth_of(proto)),
+            },
+            extra_files=extra,
+        )
+
+
+def _options(options: Mapping[str, str | int | float | bool]) -> tuple[int, bool]:
+    unknown = sorted(set(options) - {"opset", "batch"})
+    if unknown:
+        raise ConfigError(f"onnx-from-torch has no option {unknown[0]!r}", allowed="opset, batch")
+    opset, batch = options.get("opset", 20), options.get("batch", "static")
+    if isinstance(opset, bool) or not isinstance(opset, int) or not 18 <= opset <= 23:
+        raise ConfigError("the option opset is out of range", found=opset, allowed="18 to 23")
+    if batch not in ("static", "dynamic"):
+        raise ConfigError("the option batch is unknown", found=batch, allowed="static, dynamic")
+    return opset, batch == "dynamic"
+
+
+def _arguments(request: ConvertRequest, names: tuple[str, ...], dynamic: bool) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    arguments = []
+    for name in names:
+        if name not in request.example:
+            raise DataError(f"the example has no input {name!r}", found=sorted(request.example), hint="give one batch for every input", subject=name)
+        array = np.asarray(request.example[name])
+        if array.ndim == 0 or array.shape[0] == 0:
+            raise DataError(f"the example of {name!r} holds no sample", found=array.shape, hint="give one batch, batch first", subject=name)
+        rows = [0, min(1, array.shape[0] - 1)] if dynamic else [0]
+        arguments.append(torch.from_numpy(np.ascontiguousarray(array[rows])))
+    return tuple(arguments)
+
+
+def _copy(source: torch.nn.Module) -> torch.nn.Module:
+    try:
+        module = copy.deepcopy(source)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ConversionRejected("the module cannot be copied", found=last_message(error), hint="keep no tensors of a graph on the module") from error
+    return module.eval().cpu().float()
+
+
+def _output_names(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[str, ...]:
+    import torch
+
+    try:
+        with torch.no_grad():
+            outputs = flatten_outputs(module(*arguments))
+    except ModelError:
+        raise
+    except _MODEL_ERRORS as error:
+        shapes = [tuple(argument.shape) for argument in arguments]
+        raise ConversionRejected(
+            "the module fails on its example inputs",
+            found=last_message(error),
+            hint=f"check the order and shapes of its inputs: {shapes}",
+            subject=type(module).__name__,
+        ) from error
+    for name, value in outputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise ConversionRejected(f"the output {name!r} is no tensor", found=type(value).__name__, hint="return tensors only", subject=name)
+    return tuple(outputs)
+
+
+def _export(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], inputs: tuple[str, ...], outputs: tuple[str, ...], opset: int, dynamic: bool) -> Any:
+    import torch
+
+    class Flat(torch.nn.Module):
+        """The module with its outputs as a flat tuple."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = module
+
+        def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            """All outputs in the order of their names."""
+            return tuple(flatten_outputs(self.model(*args)).values())
+
+    batch = torch.export.Dim(BATCH, min=1, max=_MAX_BATCH)
+    shapes = (tuple({0: batch} for _ in arguments),) if dynamic else None
+    with captured(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"# The axis name: batch will not be used", category=UserWarning)
+        try:
+            program = torch.onnx.export(
+                Flat().eval(),
+                arguments,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=shapes,
+            )
+        except _MODEL_ERRORS as error:
+            where = _place(error)
+            raise ConversionRejected(
+                f"{type(module).__name__} cannot be exported to ONNX" + (f", at {where}" if where else ""),
+                found=last_message(error),
+                hint="replace the operator, or remove control flow that depends on values",
+                subject=where or type(module).__name__,
+            ) from error
+    if program is None:
+        raise ConversionRejected(f"{type(module).__name__} cannot be exported to ONNX", found="the exporter gave nothing", subject=type(module).__name__)
+    return program.model_proto
+
+
+def _place(error: BaseException) -> str:
+    """The operator or module that the exporter blames, or nothing."""
+    texts = []
+    cause: BaseException | None = error
+    while cause is not None:
+        texts.append(str(cause))
+        cause = cause.__cause__
+    for text in reversed(texts):
+        for pattern in (r"nn_module_stack[^\n]*?'L__self___model_?([\w.]+)'", r"(?:aten|prims|torchvision|\w+)(?:::|\.)\w+\.\w+", r"line (\d+, in \w+)"):
+            match = re.search(pattern, text)
+            if match:
+                return match.group(match.lastindex or 0)
+    return ""
+
+
+def _module_names(proto: Any) -> dict[int, str]:
+    """For every node that comes from a module: `<module path>/<operator>`; the weight tells better than the trace of a fused node."""
+    names = {}
+    for position, node in enumerate(proto.graph.node):
+        scopes = next((item.value for item in node.metadata_props if item.key == _SCOPES), "[]")
+        weights = [name.removesuffix(".weight") for name in node.input if name.startswith("model.") and name.endswith(".weight")]
+        path = weights or [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
+        if path:
+            inner = path[-1].removeprefix("model").removeprefix(".")
+            names[position] = f"{inner}/{node.op_type}" if inner else node.op_type
+    return names

@@ -1,0 +1,137 @@
+"""From a float ONNX file to an int8 one with QuantizeLinear/DequantizeLinear pairs, with ranges that edgekd observed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.artifact import StoredArtifact, store_artifact
+from edgekd.contracts import ConvertRequest
+from edgekd.errors import ConfigError, ConversionRejected, near_names
+from edgekd.onnx_io import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, opset_of, write_model
+from edgekd.quantize.calibrate import observe
+from edgekd.quantize.recipes import SCHEMES
+from edgekd.records import Format, Precision, QuantRecipe
+
+from ._onnx_io import captured, host_infer, last_message, versions
+from .prepare_onnx import PrepareOnnx
+
+_ENTRY = "model.onnx"
+
+
+class QdqFromOnnx:
+    """Quantizes to int8 in the QDQ form; inputs and outputs stay float32.
+
+    The request carries a recipe and `ranges` (low, high per tensor), or a calibration set to observe them on: with the request's
+    `infer`, or without one by onnxruntime on the host (metadata `ranges` says which: `given`, `infer` or `host`).
+    Scheme `u8s8`: asymmetric uint8 activations, int8 weights; `u8s8_reduced`: the same with 7-bit weights, for processors whose 8-bit
+    products saturate; `s8s8`: symmetric int8 for both. Node names in `recipe.float_ops` are those of the prepared model.
+    """
+
+    name = "qdq-from-onnx"
+    source = "onnx"
+    target = "onnx"
+    precisions: tuple[Precision, ...] = (Precision.INT8,)
+
+    def convert(self, request: ConvertRequest) -> StoredArtifact:
+        """The quantized file `model.onnx` in `request.folder`; the same request gives the same bytes.
+
+        Raises:
+            ConversionRejected: nothing in the model can be quantized, or the quantizer refuses it.
+            ConfigError: no recipe, no ranges, an unknown scheme or an unknown name in `float_ops`.
+        """
+        recipe = request.recipe
+        if recipe is None:
+            raise ConfigError("quantizing needs a recipe", hint="pass recipe=QuantRecipe(...)", subject=self.name)
+        if recipe.scheme not in SCHEMES:
+            raise ConfigError(f"there is no quantization scheme {recipe.scheme!r}", allowed=near_names(recipe.scheme, SCHEMES), subject=recipe.scheme)
+        if request.options:
+            raise ConfigError(f"qdq-from-onnx has no option {min(request.options)!r}", allowed="(none)")
+        with tempfile.TemporaryDirectory(prefix="edgekd.qdq.") as work:
+            prepared = PrepareOnnx().convert(ConvertRequest(source=request.source, folder=Path(work), iospec=request.iospec, example=request.example))
+            ranges = _ranges(request, prepared)
+            float_model = load_model(prepared.entry)
+        known = {node.name for node in nodes_of(float_model)}
+        for name in recipe.float_ops:
+            if name not in known:
+                raise ConfigError(f"the recipe keeps a node in float that the model lacks: {name!r}", allowed=near_names(name, known), subject=name)
+        model = _quantized(float_model, recipe, ranges)
+        pairs = count_ops(model, {"QuantizeLinear", "DequantizeLinear"})
+        if not pairs:
+            raise ConversionRejected(
+                "nothing in this model can be quantized", found=f"{len(known)} nodes, {len(recipe.float_ops)} kept in float", subject=self.name
+            )
+        name_nodes(model)
+        extra = write_model(model, request.folder, _ENTRY)
+        kept = ("prepared", "prepared_reason", "upgraded_from_opset")
+        return store_artifact(
+            request.folder,
+            _ENTRY,
+            format=Format.ONNX,
+            precision=Precision.INT8,
+            iospec=iospec_of(model, prepared.record.iospec),
+            opset=opset_of(model),
+            producers={**prepared.record.producers, **versions("onnx", "onnxruntime")},
+            parent=request.source.record.content_hash(),
+            recipe=recipe.digest(),
+            metadata={
+                "converter": self.name,
+                "scheme": recipe.scheme,
+                "ranges": "given" if request.ranges is not None else "infer" if request.infer is not None else "host",
+                "quantize_nodes": str(count_ops(model, {"QuantizeLinear"})),
+                "dequantize_nodes": str(count_ops(model, {"DequantizeLinear"})),
+                "depth": str(depth_of(float_model)),
+                **{key: prepared.record.metadata[key] for key in kept},
+            },
+            extra_files=extra,
+        )
+
+
+def _ranges(request: ConvertRequest, prepared: StoredArtifact) -> Mapping[str, tuple[float, float]]:
+    sizes: dict[str, int] = json.loads(prepared.record.metadata["tensors"])
+    ranges = request.ranges
+    if ranges is None:
+        if request.calibration is None or request.recipe is None:
+            raise ConfigError("quantizing needs activation ranges", hint="pass ranges=... or calibration=...", subject="qdq-from-onnx")
+        seen = observe(request.infer or host_infer, prepared, request.calibration.inputs, sizes)
+        ranges = seen.ranges(request.recipe.calibration.method)
+    missing = sorted(set(sizes) - set(ranges))
+    if missing:
+        raise ConfigError(
+            "tensors of the model have no activation range", found=", ".join(missing[:5]), hint="observe the ranges on the prepared model", subject=missing[0]
+        )
+    return {name: ranges[name] for name in sizes}
+
+
+def _quantized(model: Any, recipe: QuantRecipe, ranges: Mapping[str, tuple[float, float]]) -> Any:
+    from onnxruntime.quantization import CalibrationMethod, QuantType, registry
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    scheme = SCHEMES[recipe.scheme]
+    data = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
+    try:
+        with captured():
+            quantizer = QDQQuantizer(
+                model,
+                recipe.per_channel,
+                scheme.reduced_weights,
+                QuantType.QInt8,
+                QuantType.QInt8 if scheme.signed_activations else QuantType.QUInt8,
+                TensorsData(CalibrationMethod.MinMax, data),
+                [],
+                list(recipe.float_ops),
+                sorted(set(registry.QLinearOpsRegistry) | set(registry.QDQRegistry)),
+                {"ActivationSymmetric": scheme.symmetric_activations},
+            )
+            quantizer.quantize_model()
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise ConversionRejected(
+            "the model cannot be quantized", found=last_message(error), hint="keep the node in float with float_ops", subject="qdq-from-onnx"
+        ) from error
+    return quantizer.model.model

@@ -1,0 +1,18 @@
+"""From a float artifact to the int8 one that loses least: calibration, recipes, sensitivity, and the run that joins them."""
+
+from edgekd.quantize.calibrate import Statistics, choose_calibration, observe, refuse_overlap
+from edgekd.quantize.recipes import SCHEMES, candidate_schemes, make_recipe
+from edgekd.quantize.run import QuantizeResult, Tried, quantize
+
+__all__ = [
+    "SCHEMES",
+    "QuantizeResult",
+    "Statistics",
+    "Tried",
+    "candidate_schemes",
+    "choose_calibration",
+    "make_recipe",
+    "observe",
+    "quantize",
+    "refuse_overlap",
+]

@@ -1,0 +1,56 @@
+"""Quantization schemes and the recipes built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edgekd.contracts import CalibrationSet
+from edgekd.errors import UnsupportedModel
+from edgekd.records import CalibrationSpec, Capabilities, QuantRecipe
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a scheme's name means; weights are symmetric int8 per output channel in all of them."""
+
+    signed_activations: bool
+    symmetric_activations: bool
+    reduced_weights: bool
+    why: str
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "u8s8": Scheme(False, False, False, "x86 with VNNI"),
+    "u8s8_reduced": Scheme(False, False, True, "x86 without VNNI, whose 8-bit products saturate in 16 bits: 7-bit weights"),
+    "s8s8": Scheme(True, True, False, "ARM and accelerators with symmetric int8"),
+}
+"""Every scheme by name."""
+
+
+def candidate_schemes(capabilities: Capabilities) -> tuple[str, ...]:
+    """The target's schemes that edgekd knows, in the target's order of preference.
+
+    Raises:
+        UnsupportedModel: the target names none.
+    """
+    known = tuple(scheme for scheme in capabilities.schemes if scheme in SCHEMES)
+    if not known:
+        raise UnsupportedModel("the target has no int8 scheme", found=capabilities.schemes or "(none)", allowed=", ".join(SCHEMES), hint="deploy in float")
+    return known
+
+
+def make_recipe(scheme: str, method: str, calibration: CalibrationSet, float_ops: tuple[str, ...] = ()) -> QuantRecipe:
+    """The recipe for a scheme, a calibration method and the nodes that stay in float; `float_ops` are stored sorted."""
+    size = len(next(iter(calibration.inputs.values())))
+    spec = CalibrationSpec(method=method, size=size, split=calibration.split, data_hash=calibration.data_hash)
+    return QuantRecipe(scheme=scheme, calibration=spec, float_ops=tuple(sorted(float_ops)))
+
+
+def plain_recipe(capabilities: Capabilities, calibration: CalibrationSet) -> QuantRecipe:
+    """The target's preferred scheme with min-max ranges and nothing in float: enough to time a model.
+
+    Raises:
+        UnsupportedModel: the target has no int8 scheme.
+    """
+    return make_recipe(candidate_schemes(capabilities)[0], "minmax", calibration)

@@ -1,0 +1,217 @@
+"""The best int8 form of a float artifact on one target: schemes by latency, methods by accuracy, fragile operators back in float."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import CalibrationSet, Converter, Target, Task, Tensors
+from edgekd.errors import ConversionRejected, UnsupportedModel
+from edgekd.options import QuantizeOptions
+from edgekd.quantize.recipes import candidate_schemes
+from edgekd.quantize.sensitivity import TimeMs, measure_sensitivity
+from edgekd.quantize.workshop import Made, Workshop
+from edgekd.records import QuantRecipe
+from edgekd.registry import load
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One thing that was tried. `accuracy` is the task's mean score on validation from the target's outputs, `drop` what it lost;
+    `latency_ms` is screen grade, and stands only where it was measured for this row."""
+
+    scheme: str
+    method: str
+    float_ops: tuple[str, ...]
+    accuracy: float | None
+    drop: float | None
+    latency_ms: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """The artifact that loses least, whether or not it is within the allowance or faster than float: that is the caller's to judge.
+
+    `scores` are per validation item. `float_ms` and `latency_ms` were screened side by side.
+    """
+
+    artifact: StoredArtifact
+    recipe: QuantRecipe
+    scores: NDArray[np.float64]
+    tried: tuple[Tried, ...]
+    notes: tuple[str, ...]
+    float_ms: float
+    latency_ms: float
+
+
+def quantize(
+    source: StoredArtifact,
+    *,
+    target: Target,
+    calibration: CalibrationSet,
+    validation_inputs: Tensors,
+    validation_targets: Any,
+    task: Task,
+    reference_scores: NDArray[np.float64],
+    options: QuantizeOptions,
+    allowed_drop: float,
+    time_ms: TimeMs,
+    folder: Path,
+    seed: int,
+    converter: Converter | None = None,
+    prepare: Converter | None = None,
+) -> QuantizeResult:
+    """The source in int8, judged by the target's outputs on the validation inputs against `reference_scores` (one per item).
+
+    Every scheme of the target is timed once, next to the source, since a calibration method does not change speed. From the fastest scheme
+    on, calibration methods are compared on accuracy; the first scheme that stays within `allowed_drop` is taken. Schemes that are not
+    faster than the source come only after those that are, and not at all if one is. If none is within the allowance, operators of the
+    fastest return to float in the order of gain per millisecond (`sensitivity`) until it is, at most `options.max_float_ops`; those
+    that prove superfluous go back to int8.
+
+    Raises:
+        UnsupportedModel: the target has no int8 scheme, or cannot give the tensors inside a model.
+        ConversionRejected: the model cannot be quantized.
+        DataError: calibration or activations are not finite.
+    """
+    schemes = candidate_schemes(target.capabilities)
+    if not target.capabilities.taps:
+        raise UnsupportedModel(
+            "int8 needs the ranges of the tensors inside the model, which this runtime does not give", hint="calibrate on another target", subject=target.name
+        )
+    workshop = Workshop(
+        source,
+        prepare=prepare or load("converters", "prepare-onnx")(),
+        converter=converter or load("converters", "qdq-from-onnx")(),
+        infer=target.runtime.infer,
+        calibration=calibration,
+        options=options,
+        folder=folder,
+    )
+    run = _Run(workshop, validation_inputs, validation_targets, task, reference_scores, options, allowed_drop, time_ms, seed)
+    return run.result(source, schemes)
+
+
+class _Run:
+    """The state of one `quantize` call: what was tried, and the notes."""
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        inputs: Tensors,
+        targets: Any,
+        task: Task,
+        reference_scores: NDArray[np.float64],
+        options: QuantizeOptions,
+        allowed_drop: float,
+        time_ms: TimeMs,
+        seed: int,
+    ) -> None:
+        self.workshop, self.inputs, self.targets, self.task = workshop, inputs, targets, task
+        self.reference = float(np.mean(reference_scores))
+        self.options, self.allowed_drop, self.time_ms, self.seed = options, allowed_drop, time_ms, seed
+        self.tried: list[Tried] = []
+        self.notes: list[str] = []
+        self._scores: dict[str, NDArray[np.float64]] = {}
+        metadata = workshop.prepared.record.metadata
+        if metadata.get("prepared") not in (None, "symbolic"):
+            self.notes.append(f"pre-processing before quantization: {metadata['prepared']} ({metadata.get('prepared_reason', '')})")
+
+    def scores(self, made: Made) -> NDArray[np.float64]:
+        key = made.recipe.digest()
+        if key not in self._scores:
+            self._scores[key] = self.workshop.scores(made, self.inputs, self.targets, self.task)
+        return self._scores[key]
+
+    def drop(self, made: Made) -> float:
+        return self.reference - float(self.scores(made).mean())
+
+    def note_try(self, made: Made, latency_ms: float | None, reason: str) -> None:
+        recipe = made.recipe
+        accuracy, drop = float(self.scores(made).mean()), self.drop(made)
+        self.tried.append(Tried(recipe.scheme, recipe.calibration.method, recipe.float_ops, accuracy, drop, latency_ms, reason))
+
+    def result(self, source: StoredArtifact, schemes: Sequence[str]) -> QuantizeResult:
+        first_method = self.options.methods[0]
+        plain = {scheme: self.workshop.make(scheme, first_method) for scheme in schemes}
+        times = self.time_ms({"float": source} | {scheme: made.artifact for scheme, made in plain.items()})
+        float_ms = times["float"]
+        order = sorted(schemes, key=lambda scheme: times[scheme])
+        faster = [scheme for scheme in order if times[scheme] < float_ms]
+        for scheme in order:
+            if scheme not in (faster or order[:1]):
+                reason = f"not taken: {times[scheme]:.4g} ms is not faster than float ({float_ms:.4g} ms)"
+                self.tried.append(Tried(scheme, first_method, (), None, None, times[scheme], reason))
+        if not faster:
+            self.notes.append(f"no int8 scheme is faster than float ({float_ms:.4g} ms) in the screen; the fastest takes {times[order[0]]:.4g} ms")
+        best: dict[str, Made] = {}
+        chosen, latency_ms = None, times[order[0]]
+        for scheme in faster or order[:1]:
+            best[scheme] = self.best_method(scheme, times[scheme])
+            if self.drop(best[scheme]) <= self.allowed_drop:
+                chosen, latency_ms = best[scheme], times[scheme]
+                break
+        if chosen is None:
+            chosen = best[order[0]]
+            if faster:
+                chosen, latency_ms = self.restore(chosen, latency_ms)
+        return QuantizeResult(chosen.artifact, chosen.recipe, self.scores(chosen), tuple(self.tried), tuple(self.notes), float_ms, latency_ms)
+
+    def best_method(self, scheme: str, latency_ms: float) -> Made:
+        """The calibration method with the highest accuracy; the earlier one in the options where two are equal."""
+        best: Made | None = None
+        for method in self.options.methods:
+            made = self.workshop.make(scheme, method)
+            self.note_try(made, latency_ms if method == self.options.methods[0] else None, f"drop {self.drop(made):.4g}, allowed {self.allowed_drop:.4g}")
+            if best is None or self.scores(made).mean() > self.scores(best).mean():
+                best = made
+        if best is None:
+            raise ConversionRejected("no calibration method was asked for", allowed="minmax, percentile, entropy", hint="set quantize.methods")
+        return best
+
+    def restore(self, start: Made, latency_ms: float) -> tuple[Made, float]:
+        """The start with as few operators in float as bring the drop within the allowance, and its latency."""
+        scheme, method = start.recipe.scheme, start.recipe.calibration.method
+        total = len(next(iter(self.inputs.values())))
+        picks = np.sort(np.random.default_rng(self.seed).choice(total, size=min(total, self.options.sensitivity_samples), replace=False))
+        probe = {name: array[picks] for name, array in self.inputs.items()}
+        kept: list[str] = []
+        while self.drop(self.workshop.make(scheme, method, kept)) > self.allowed_drop and len(kept) < self.options.max_float_ops:
+            ranked = measure_sensitivity(self.workshop, scheme, method, probe, kept=kept, time_ms=self.time_ms)
+            if not ranked:
+                self.notes.append("no further operator lowers the output error when it returns to float")
+                break
+            for item in ranked:
+                cost = item.cost_ms or 0.0
+                self.notes.append(f"{item.op.name} in float: output error {item.base_error:.3g} falls by {item.gain:.3g} for {cost:.4g} ms more")
+            kept.append(ranked[0].op.name)
+            made = self.workshop.make(scheme, method, kept)
+            self.note_try(made, None, f"{kept[-1]} back in float: drop {self.drop(made):.4g}, allowed {self.allowed_drop:.4g}")
+        if not kept:
+            return start, latency_ms
+        if self.drop(self.workshop.make(scheme, method, kept)) <= self.allowed_drop:
+            kept = self.thinned(scheme, method, kept)
+        made = self.workshop.make(scheme, method, kept)
+        if self.scores(made).mean() < self.scores(start).mean():
+            self.notes.append("operators in float did not raise the accuracy: all stay int8")
+            return start, latency_ms
+        mixed_ms = self.time_ms({"mixed": made.artifact})["mixed"]
+        self.note_try(made, mixed_ms, f"in float: {', '.join(made.recipe.float_ops)}")
+        return made, mixed_ms
+
+    def thinned(self, scheme: str, method: str, kept: Sequence[str]) -> list[str]:
+        """`kept` without those that are not needed to stay within the allowance; the last one added is."""
+        needed = list(kept)
+        for name in kept[:-1]:
+            fewer = [other for other in needed if other != name]
+            if self.drop(self.workshop.make(scheme, method, fewer)) <= self.allowed_drop:
+                needed = fewer
+                self.notes.append(f"{name} proved superfluous in float and stays int8")
+        return needed
