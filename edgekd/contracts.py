@@ -244,7 +244,8 @@ class CalibrationSet:
 class ConvertRequest:
     """One edge of the road. `source` is a `torch.nn.Module` for exporters, else a stored artifact.
 
-    `example` holds one batch per input, batch first. `recipe` and `calibration` are for quantizers.
+    `example` holds one batch per input, batch first. `recipe` and `calibration` are for quantizers, which take activation
+    `ranges` (tensor -> low, high), or observe them on `calibration` with `infer`.
     """
 
     source: Any
@@ -254,6 +255,8 @@ class ConvertRequest:
     recipe: QuantRecipe | None = None
     calibration: CalibrationSet | None = None
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] | None = None
+    infer: Infer | None = None
 
 
 @runtime_checkable

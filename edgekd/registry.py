@@ -25,6 +25,7 @@ _SHIPPED: Mapping[str, Mapping[str, str]] = {
     },
     "converters": {
         "onnx-from-torch": "edgekd.converters.onnx_from_torch:OnnxFromTorch",
+        "prepare-onnx": "edgekd.converters.prepare_onnx:PrepareOnnx",
         "qdq-from-onnx": "edgekd.converters.qdq_from_onnx:QdqFromOnnx",
     },
 }
