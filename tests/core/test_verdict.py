@@ -1,0 +1,277 @@
+"""The verdict: each rule, each boundary, each refusal."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgekd.errors import BudgetError, DataError, InputError, MeasurementInvalid
+from edgekd.records import Budget, Check, Clock, Fingerprint, Grade, Launch, LaunchProtocol, Limits, Measurement, MeasurePlan, Outcome
+from edgekd.stats import min_samples, tolerance_factor
+from edgekd.verdict import (
+    EXIT_OF,
+    check_accuracy,
+    check_ceiling,
+    check_floor,
+    check_latency,
+    combine,
+    is_undecided,
+    judge,
+    look_confidence,
+    planned_looks,
+    require_samples,
+    resolve_limit_ms,
+)
+
+PLAN = MeasurePlan()
+
+
+def measurement(per_launch_ms: Sequence[float], *, count: int = 200, label: str = "student", **more: Any) -> Measurement:
+    launches = tuple(
+        Launch(label=label, index=i, samples_ns=(round(ms * 1e6),) * count, init_ns=round(ms * 1e7), first_ns=round(ms * 2e6), peak_memory_bytes=5_000_000)
+        for i, ms in enumerate(per_launch_ms)
+    )
+    fields: dict[str, Any] = {"launches": launches, "limits": Limits(), "protocol": LaunchProtocol(), "fingerprint": Fingerprint(fields={"isa": "x"})}
+    return Measurement(label=label, grade=Grade.VERDICT, artifact="0" * 64, **(fields | more))
+
+
+def noisy(n: int, mean_ms: float, sd: float, seed: int = 0) -> list[float]:
+    x = np.random.default_rng(seed).normal(size=n)
+    x = (x - x.mean()) / x.std(ddof=1)  # exactly this mean and standard deviation of the logarithm
+    return [float(v) for v in mean_ms * np.exp(sd * x)]
+
+
+def test_latency_passes_exactly_up_to_the_tolerance_bound() -> None:
+    values = noisy(20, 1.0, 0.02)
+    edge = math.exp(tolerance_factor(20, 0.90, 1 - 0.01 / 3) * 0.02)
+    just, short = (check_latency(measurement(values), edge * f, 90, Clock.END_TO_END, PLAN) for f in (1.0001, 0.9999))
+    assert (just.outcome, short.outcome) == (Outcome.PASS, Outcome.REFUSE)
+    assert short.undecided
+    assert not just.undecided
+    assert just.upper == pytest.approx(edge, rel=1e-5)
+    assert just.value == pytest.approx(1.0, rel=1e-5)
+
+
+def test_latency_fails_exactly_from_the_lower_bound_of_the_mean() -> None:
+    values = noisy(20, 1.0, 0.02)
+    check = check_latency(measurement(values), 0.9, 90, Clock.END_TO_END, PLAN)
+    assert check.outcome is Outcome.FAIL
+    assert check.lower is not None
+    assert check_latency(measurement(values), check.lower * 0.9999, 90, Clock.END_TO_END, PLAN).outcome is Outcome.FAIL
+    assert check_latency(measurement(values), check.lower * 1.0001, 90, Clock.END_TO_END, PLAN).outcome is Outcome.REFUSE
+
+
+def test_latency_stays_undecided_until_the_last_look() -> None:
+    looks = [check_latency(measurement(noisy(n, 1.0, 0.02)), 1.005, 90, Clock.END_TO_END, PLAN) for n in (20, 40, 60)]
+    assert [c.outcome for c in looks] == [Outcome.REFUSE] * 3
+    assert [c.undecided for c in looks] == [True, True, False]
+
+
+def test_looks_share_the_error_of_one_percent() -> None:
+    assert planned_looks(PLAN) == 3
+    assert look_confidence(PLAN) == pytest.approx(1 - 0.01 / 3)
+    assert planned_looks(MeasurePlan(launches=20, step=15, max_launches=40)) == 3
+    assert planned_looks(MeasurePlan(launches=20, max_launches=20)) == 1
+    assert planned_looks(MeasurePlan(launches=20, max_launches=5)) == 1
+    assert [round(tolerance_factor(n, 0.9, look_confidence(PLAN)), 2) for n in (20, 40, 60)] == [2.51, 2.03, 1.86]
+
+
+def test_equal_latencies_pass_at_their_own_value_and_fail_below_it() -> None:
+    values = [0.3] * 20
+    assert check_latency(measurement(values), 0.3, 90, Clock.END_TO_END, PLAN).outcome is Outcome.PASS
+    assert check_latency(measurement(values), 0.2999, 90, Clock.END_TO_END, PLAN).outcome is Outcome.FAIL
+
+
+def test_latency_judges_init_and_first_by_one_value_a_launch() -> None:
+    one = measurement([0.1] * 20, count=1)
+    assert check_latency(one, 1.0, 90, Clock.INIT, PLAN, "initialization").value == pytest.approx(1.0)
+    assert check_latency(one, 0.19, 90, Clock.FIRST, PLAN, "first inference").outcome is Outcome.FAIL
+    with pytest.raises(InputError, match="no times of the clock"):
+        check_latency(one, 1.0, 90, Clock.DEVICE, PLAN)
+
+
+@pytest.mark.parametrize(("percentile", "needed"), [(50, 11), (90, 64), (99, 662)])
+def test_latency_refuses_too_few_samples_by_naming_the_minimum(percentile: float, needed: int) -> None:
+    assert min_samples(percentile) == needed
+    with pytest.raises(InputError, match=f"at least {needed}"):
+        check_latency(measurement([0.1] * 20, count=needed - 1), 1.0, percentile, Clock.END_TO_END, PLAN)
+    assert check_latency(measurement([0.1] * 20, count=needed), 1.0, percentile, Clock.END_TO_END, PLAN).outcome is Outcome.PASS
+    with pytest.raises(InputError, match=f"at least {needed}"):
+        require_samples(LaunchProtocol(min_samples=needed - 1), percentile)
+    require_samples(LaunchProtocol(min_samples=needed), percentile)
+
+
+def test_latency_refuses_an_invalid_measurement_with_its_reason() -> None:
+    bad = measurement([0.1] * 20, valid=False, reason="6 of 12 launches rejected: 6 contended")
+    for limit in (1e-6, 1e6):
+        check = check_latency(bad, limit, 90, Clock.END_TO_END, PLAN)
+        assert check.outcome is Outcome.REFUSE
+        assert "6 contended" in check.reason
+        assert not check.undecided
+
+
+def test_latency_refuses_too_few_launches_but_stays_open() -> None:
+    for n in (0, 1, 19):
+        check = check_latency(measurement([0.1] * n), 1.0, 90, Clock.END_TO_END, PLAN)
+        assert check.outcome is Outcome.REFUSE
+        assert check.undecided
+
+
+def test_latency_of_summaries_passes_by_the_maximum_and_never_fails() -> None:
+    def summaries(worst_ms: float, n: int = 20) -> Measurement:
+        launches = tuple(
+            Launch(label="s", index=i, summary_ns={"min": 90_000, "median": 100_000, "max": round(worst_ms * 1e6) if i == 3 else 110_000}) for i in range(n)
+        )
+        return measurement([], launches=launches)
+
+    assert check_latency(summaries(0.11), 0.12, 90, Clock.END_TO_END, PLAN).outcome is Outcome.PASS
+    assert check_latency(summaries(0.13), 0.12, 90, Clock.END_TO_END, PLAN).outcome is Outcome.REFUSE
+    assert check_latency(summaries(0.11, 60), 0.01, 90, Clock.END_TO_END, PLAN).outcome is Outcome.REFUSE
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
+def test_checks_refuse_limits_that_are_no_numbers(limit: float) -> None:
+    with pytest.raises(BudgetError):
+        check_latency(measurement([0.1] * 20), limit, 90, Clock.END_TO_END, PLAN)
+    with pytest.raises(BudgetError):
+        check_ceiling("size", 1.0, limit, "MB")
+    if not limit == 0.0:
+        with pytest.raises(BudgetError):
+            check_accuracy([1.0, 0.0], [1.0, 0.0], limit, True)
+
+
+def pairs(n: int, only_student: int, only_teacher: int) -> tuple[np.ndarray, np.ndarray]:
+    student, teacher = np.ones(n), np.ones(n)
+    teacher[:only_student] = 0
+    student[only_student : only_student + only_teacher] = 0
+    return student, teacher
+
+
+def test_accuracy_passes_fails_and_refuses_by_the_paired_bounds() -> None:
+    assert check_accuracy(*pairs(719, 7, 7), 0.03, True).outcome is Outcome.PASS
+    assert check_accuracy(*pairs(719, 0, 60), 0.03, True).outcome is Outcome.FAIL
+    check = check_accuracy(*pairs(719, 5, 20), 0.03, True)
+    assert check.outcome is Outcome.REFUSE
+    assert "5 only the student has right, 20 only the teacher" in check.reason
+    assert "items would decide" in check.reason
+    assert not check.undecided
+
+
+def test_accuracy_of_identical_answers_needs_enough_items() -> None:
+    assert check_accuracy(*pairs(719, 0, 0), 0.03, True).outcome is Outcome.PASS
+    few = check_accuracy(*pairs(50, 0, 0), 0.03, True)
+    assert few.outcome is Outcome.REFUSE
+    assert "about 175 items" in few.reason  # z^2 (1 - d) / d at d = 0.03
+    assert check_accuracy(*pairs(176, 0, 0), 0.03, True).outcome is Outcome.PASS
+    assert check_accuracy(*pairs(174, 0, 0), 0.03, True).outcome is Outcome.REFUSE
+
+
+def test_accuracy_of_graded_scores_takes_the_t_interval() -> None:
+    rng = np.random.default_rng(3)
+    teacher = rng.normal(size=400)
+    assert check_accuracy(teacher - 0.01 + 0.01 * rng.normal(size=400), teacher, 0.03, False).outcome is Outcome.PASS
+    assert check_accuracy(teacher - 0.05 + 0.01 * rng.normal(size=400), teacher, 0.03, False).outcome is Outcome.FAIL
+    assert check_accuracy(teacher - 0.03 + 0.01 * rng.normal(size=400), teacher, 0.03, False).outcome is Outcome.REFUSE
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [([1.0, math.nan], [1.0, 1.0]), ([1.0, 0.0], [1.0, math.inf]), ([1.0], [1.0, 1.0]), ([0.5, 1.0], [1.0, 1.0]), ([], [])]
+)
+def test_accuracy_refuses_scores_that_cannot_be_paired(student: list[float], teacher: list[float]) -> None:
+    with pytest.raises(DataError):
+        check_accuracy(student, teacher, 0.03, True)
+
+
+def test_floor_and_ceiling_decide() -> None:
+    scores = np.r_[np.ones(950), np.zeros(50)]
+    assert [check_floor(scores, f, True).outcome for f in (0.9, 0.95, 0.99)] == [Outcome.PASS, Outcome.REFUSE, Outcome.FAIL]
+    graded = np.random.default_rng(0).normal(0.8, 0.1, size=500)
+    assert [check_floor(graded, f, False).outcome for f in (0.75, float(graded.mean()), 0.85)] == [Outcome.PASS, Outcome.REFUSE, Outcome.FAIL]
+    assert [check_ceiling("size", v, 1.0, "MB").outcome for v in (1.0, 1.001, None)] == [Outcome.PASS, Outcome.FAIL, Outcome.REFUSE]
+
+
+def made(outcome: Outcome, undecided: bool = False) -> Check:
+    return Check(name=outcome.value, outcome=outcome, value=1.0, limit=1.0, unit="ms", reason="0.1 ms", undecided=undecided)
+
+
+P, F, R = (made(outcome) for outcome in (Outcome.PASS, Outcome.FAIL, Outcome.REFUSE))
+
+
+@pytest.mark.parametrize(
+    ("checks", "simulated", "accept", "expected"),
+    [
+        ([P, P], "", False, Outcome.PASS),
+        ([P, R], "", False, Outcome.REFUSE),
+        ([R, F, P], "", False, Outcome.FAIL),
+        ([P], "null", False, Outcome.REFUSE),
+        ([P], "null", True, Outcome.PASS),
+        ([F], "null", False, Outcome.FAIL),
+        ([F], "null", True, Outcome.FAIL),
+        ([R], "null", True, Outcome.REFUSE),
+    ],
+)
+def test_combine_orders_fail_before_refuse_before_pass(checks: list[Check], simulated: str, accept: bool, expected: Outcome) -> None:
+    verdict = combine(checks, simulated, accept)
+    assert verdict.outcome is expected
+    assert "\n" not in verdict.reason
+    assert verdict.accepted_simulated == (bool(simulated) and accept)
+    assert ("simulated (null)" in verdict.reason) == (simulated == "null" and not accept and expected is Outcome.REFUSE)
+
+
+def test_exit_codes_tell_the_three_outcomes() -> None:
+    assert [EXIT_OF[o] for o in (Outcome.PASS, Outcome.FAIL, Outcome.REFUSE)] == [0, 1, 2]
+
+
+def test_undecided_waits_for_launches_only_while_nothing_failed() -> None:
+    waiting = made(Outcome.REFUSE, True)
+    assert is_undecided(combine([P, waiting]))
+    assert not is_undecided(combine([F, waiting]))
+    assert not is_undecided(combine([P, R]))
+
+
+def test_judge_checks_every_line_of_the_budget() -> None:
+    budget = Budget(latency_ms=0.3, percentile=90, max_drop=0.03, accuracy_floor=0.9, size_mb=1.0, memory_mb=6.0, first_inference_ms=1.0, init_ms=5.0)
+    student, teacher = pairs(719, 7, 7)
+    args: dict[str, Any] = {"budget": budget, "limit_ms": 0.3, "plan": PLAN, "binary": True, "student_scores": student, "teacher_scores": teacher}
+    verdict = judge(measurement=measurement(noisy(20, 0.2, 0.01)), size_bytes=900_000, **args)
+    assert verdict.outcome is Outcome.PASS
+    names = ["latency", "first inference", "initialization", "size", "memory", "accuracy drop", "accuracy floor"]
+    assert [check.name for check in verdict.checks] == names
+    big = judge(measurement=measurement(noisy(20, 0.2, 0.01)), size_bytes=1_100_000, **args)
+    assert big.outcome is Outcome.FAIL
+    assert big.reason.startswith("size: 1.1 MB")
+    assert judge(measurement=measurement(noisy(20, 0.2, 0.01), simulated="null"), size_bytes=1, **args).outcome is Outcome.REFUSE
+    with pytest.raises(InputError, match="size"):
+        judge(measurement=measurement([0.2] * 20), **args)
+    with pytest.raises(InputError, match="scores"):
+        judge(measurement=measurement([0.2] * 20), size_bytes=1, **(args | {"student_scores": None}))
+
+
+def test_judge_refuses_a_share_of_an_invalid_teacher() -> None:
+    teacher = measurement([1.0] * 20, label="teacher", valid=False, reason="9 of 20 launches rejected: 9 contended")
+    verdict = judge(budget=Budget(latency_share=0.5), limit_ms=0.5, measurement=measurement([0.1] * 20), plan=PLAN, teacher_measurement=teacher)
+    assert verdict.outcome is Outcome.REFUSE
+    assert "9 contended" in verdict.reason
+
+
+def test_limit_is_the_share_of_the_teachers_geometric_mean() -> None:
+    teacher = measurement([1.0, 4.0])
+    assert resolve_limit_ms(Budget(latency_share=0.5), teacher) == pytest.approx(1.0)
+    assert resolve_limit_ms(Budget(latency_share=1.0), teacher) == pytest.approx(2.0)
+    assert resolve_limit_ms(Budget(latency_ms=0.3)) == 0.3
+    with pytest.raises(BudgetError, match="teacher"):
+        resolve_limit_ms(Budget(latency_share=0.5))
+    nothing = measurement([], valid=False, reason="6 of 6 launches rejected: 6 contended")
+    with pytest.raises(MeasurementInvalid, match="6 contended") as caught:
+        resolve_limit_ms(Budget(latency_share=0.5), nothing)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("wrong", [300.0, 2.1, 0.019, 0.0003])
+def test_limit_in_the_wrong_unit_stops_unless_allowed(wrong: float) -> None:
+    teacher = measurement([2.0] * 3)
+    with pytest.raises(BudgetError, match="milliseconds"):
+        resolve_limit_ms(Budget(latency_ms=wrong), teacher)
+    assert resolve_limit_ms(Budget(latency_ms=wrong), teacher, allow_extreme=True) == wrong
