@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgekd.contracts import Tensors
 from edgekd.errors import InputError, MissingDependency, ModelError
-from edgekd.provenance import import_factory, code_hash
+from edgekd.provenance import code_hash, import_factory
 from edgekd.records import Probe, StudentSpec, TensorSpec
 from edgekd.spaces import call_factory
 from edgekd.storage import write_atomic

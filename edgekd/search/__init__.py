@@ -1,5 +1,6 @@
 """The search for students that meet a latency limit under a budget of measurements; free of torch and of targets."""
 
+from edgekd.search.candidates import Size, count_size, describe_candidates, make_candidates
 from edgekd.search.certificate import Infeasible
 from edgekd.search.engine import MeasureBatch, search
 from edgekd.search.halving import HalvingOutcome, RungRow, pick_finalists, rank_by_training
@@ -20,8 +21,12 @@ __all__ = [
     "SearchOutcome",
     "Seen",
     "Selection",
+    "Size",
     "choice_features",
     "choose_passing",
+    "count_size",
+    "describe_candidates",
+    "make_candidates",
     "pick_finalists",
     "rank_by_training",
     "search",

@@ -67,7 +67,7 @@ def rank_by_training(
 
     `train(candidate, epochs)` gives the scores per validation item after that many epochs in all, `(items,)`, the same items each
     time. Each round ranks by `edgekd.objective.best`: the more accurate by the paired 95 % interval, if that includes 0 the faster
-    where the latency intervals separate; then drops the slower half and doubles the epochs. A single finalist is not trained.
+    where the latency intervals separate; then drops the lower half and doubles the epochs. A single finalist is not trained.
     `points` holds the screened latency per label. A training that raises `Rejected` takes its candidate out.
 
     Raises:

@@ -54,6 +54,6 @@ class SearchOutcome(Record, tag="edgekd.search_outcome/1", frozen=True, kw_only=
         error = "not known" if self.predictor_error is None else f"{100 * self.predictor_error:.1f} % (median, held out)"
         return (
             f"candidates: {self.candidates} in the space, {self.proposed} proposed, {self.measured} measured ({self.measurements} measurements in "
-            f"{len(self.rounds)} rounds), {len(self.rejected)} rejected; {len(self.feasible)} feasible under {self.limit_ms:.4g} ms with {100 * self.headroom:.3g} % "
-            f"headroom; error of the latency predictor {error}; stopped: {self.stopped}"
+            f"{len(self.rounds)} rounds), {len(self.rejected)} rejected; {len(self.feasible)} feasible under {self.limit_ms:.4g} ms "
+            f"with {100 * self.headroom:.3g} % headroom; error of the latency predictor {error}; stopped: {self.stopped}"
         )

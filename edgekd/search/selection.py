@@ -33,12 +33,14 @@ def choose_passing(
     *,
     attempts: int,
     latency_ms: Mapping[str, float] | None = None,
+    go_on: Callable[[Verdict], bool] = lambda verdict: True,
 ) -> Selection:
     """The first candidate of the ranking that passes `judge`, in at most `attempts` verdicts; nothing else is ever chosen.
 
     `judge` builds, trains and measures the candidate, and gives the verdict on its final artifact; if it raises `Rejected`, the next one
     is tried. After a candidate that did not pass its latency (check `latency`), only those with a smaller screened `latency_ms` are
-    tried: it shows that the screen was too kind.
+    tried: it shows that the screen was too kind. `go_on` is asked after a verdict that is no pass whether another candidate could
+    do better: not where the evidence is simulated or the device disturbed.
     """
     taken: list[Attempt] = []
     skipped = 0
@@ -58,6 +60,8 @@ def choose_passing(
         taken.append(Attempt(label=candidate.label, verdict=verdict))
         if verdict.outcome is Outcome.PASS:
             return Selection(chosen=candidate, attempts=tuple(taken), skipped=skipped)
+        if not go_on(verdict):
+            break
         if any(check.name == "latency" and check.outcome is not Outcome.PASS for check in verdict.checks):
             ceiling = screened
     return Selection(chosen=None, attempts=tuple(taken), skipped=skipped)
