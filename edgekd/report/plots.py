@@ -175,13 +175,15 @@ def pareto(points: Sequence[Point], limit_ms: float | None, metric: str) -> Plot
             axis.set_ylim(float(scored[0].accuracy or 0) - 0.05, float(scored[0].accuracy or 0) + 0.05)
         _legend(axis)
 
-    described = "; ".join(
-        f"{point.role} {point.label} {point.precision} {ms_text(point.latency_ms)}" + ("" if point.accuracy is None else f" {metric} {point.accuracy:.4f}")
-        for point in points
-        if point.role in ("teacher", "student")
-    )
+    described = "; ".join(_point_text(point, metric) for point in points if point.role in ("teacher", "student"))
     text = f"{len(points)} measured points, {len(scored)} of them with {metric}. {described}. Bars are the confidence limits of the latency."
     return _draw("pareto", f"Latency against {metric}", text, 4.0, paint)
+
+
+def _point_text(point: Point, metric: str) -> str:
+    name = point.role if point.label == point.role else f"{point.role} {point.label}"
+    scored = "" if point.accuracy is None else f" {metric} {point.accuracy:.4f}"
+    return f"{name} {point.precision} {ms_text(point.latency_ms)}{scored}"
 
 
 def _log_axis(axis: Any, latencies: Sequence[float], limit_ms: float | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from edgekd import __version__
-from edgekd.records import Check, Fingerprint, HopParity, Launch, Limits, Measurement, Outcome, Snapshot
+from edgekd.records import Check, Fingerprint, HopParity, Launch, Limits, Measurement, Snapshot
 from edgekd.report import plots
 from edgekd.report.data import ReportData
 from edgekd.report.words import OUTCOME_WORDS, budget_text, change_cells, interval_text, ms_text, percentile_text, unit_text
@@ -184,7 +184,7 @@ def _parity(hops: Sequence[HopParity]) -> _Table | None:
             verdict = "same" if tensor.passed else "differs"
             numbers = (f"{tensor.max_abs:.3g}", f"{tensor.tolerance:.3g}", f"{tensor.sqnr_db:.1f} dB", f"{tensor.cosine:.6f}", agreement, str(hop.samples))
             rows.append((hop.hop, tensor.name, verdict, *numbers, "; ".join(found) or "-"))
-            classes.append(Outcome.PASS.value if tensor.passed else Outcome.FAIL.value)
+            classes.append("kept" if tensor.passed else "broken")
     columns = ("hop", "output", "result", "largest error", "tolerance", "signal to error", "cosine", "agreement", "samples", "note")
     return _Table("Each hop against the one before it, on real inputs", columns, tuple(rows), (3, 4, 5, 6, 7, 8), tuple(classes)) if rows else None
 
