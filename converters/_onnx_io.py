@@ -1,4 +1,4 @@
-"""What the ONNX converters share: quiet libraries, versions of producers, a host session, axes bound to a size."""
+"""What the ONNX converters share: quiet libraries, versions of producers and a host session."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Tensors
-from edgekd.onnx_io import bind_axes, iospec_of, load_model, opset_of, precision_of, require_onnx
-from edgekd.records import Precision
-
-__all__ = ["Noise", "bind_batch", "captured", "host_infer", "iospec_of", "is_quantized", "last_message", "opset_of", "versions"]
+from edgekd.onnx_io import load_model, require_onnx
 
 
 class Noise(logging.Handler):
@@ -69,17 +66,6 @@ def last_message(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("File ", "Traceback", "⬆", "⬇", "While executing", "Original traceback"))]
     return f"{type(error).__name__}: {(kept or lines or [''])[0][:300]}"
-
-
-def bind_batch(model: Any, size: int) -> Any:
-    """A copy of the model with every symbolic first axis of its inputs bound to `size`, shapes inferred anew."""
-    symbols = {tensor.shape[0] for tensor in iospec_of(model).inputs if tensor.shape and isinstance(tensor.shape[0], str)}
-    return bind_axes(model, {str(symbol): size for symbol in symbols})
-
-
-def is_quantized(model: Any) -> bool:
-    """Whether the model holds quantized operators."""
-    return precision_of(model) is Precision.INT8
 
 
 def host_infer(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:

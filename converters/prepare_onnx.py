@@ -113,11 +113,9 @@ def _upgraded(model: Any) -> tuple[Any, str]:
 def _pre_process(model: Any) -> tuple[Any, str, str]:
     """The pre-processed model, how it was made, and why not by the full road."""
     onnx = require_onnx("quantizing an ONNX model")
-    reasons = []
+    reasons: list[str] = []
     for how, skip in (("symbolic", False), ("no-symbolic", True)):
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        done, reason = _try_pre_process(copy, skip_symbolic=skip)
+        done, reason = _try_pre_process(model, skip_symbolic=skip)
         if done is not None:
             return done, how, "; ".join(reasons)
         reasons.append(f"{how}: {reason}")
@@ -133,10 +131,11 @@ def _try_pre_process(model: Any, *, skip_symbolic: bool) -> tuple[Any, str]:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory(prefix="edgekd.prepare.") as folder:
-        output = Path(folder) / "out.onnx"
+        work, output = Path(folder), Path(folder) / "out.onnx"
+        write_model(model, work, "in.onnx")
         with captured() as noise, contextlib.chdir(folder):
             try:
-                quant_pre_process(model, str(output), skip_symbolic_shape=skip_symbolic)
+                quant_pre_process(str(work / "in.onnx"), str(output), skip_symbolic_shape=skip_symbolic)
             except Exception as error:
                 known = type(error) is Exception or isinstance(
                     error, (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, ImportError)

@@ -5,6 +5,7 @@ onnx is imported when a function is called, so that the module itself costs noth
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.errors import MissingDependency, ModelError, near_names
-from edgekd.records import IOSpec, Precision, TensorSpec
+from edgekd.records import Format, IOSpec, Precision, TensorSpec
 from edgekd.storage import write_atomic
 
 BATCH = "batch"
@@ -57,7 +59,7 @@ def load_model(path: Path) -> Any:
         ModelError: the file is missing, or is no ONNX model.
     """
     onnx = require_onnx("reading an ONNX model")
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     if not path.is_file():
         raise ModelError(f"{path} does not exist", hint="check the path", subject=path)
@@ -85,12 +87,14 @@ def nodes_of(model: Any) -> tuple[Node, ...]:
 def float_tensors(model: Any) -> dict[str, int]:
     """Every float tensor of the main graph that is no weight, with its number of elements per sample; -1 where unknown.
 
-    Symbolic axes count as 1, which is what they are bound to when samples run one by one. In topological order, inputs first.
+    The symbols of the inputs' first axes count as 1, since samples run one by one. In topological order, inputs first.
     """
     onnx = require_onnx("reading an ONNX model")
     graph = model.graph
     weights = {item.name for item in graph.initializer}
     known = {item.name: item for item in (*graph.value_info, *graph.output, *graph.input)}
+    firsts = [item.type.tensor_type.shape.dim[0] for item in graph.input if item.type.tensor_type.shape.dim]
+    symbols = {axis.dim_param for axis in firsts if axis.dim_param}
     order = [item.name for item in graph.input] + [name for node in graph.node for name in node.output if name]
     found: dict[str, int] = {}
     for name in order:
@@ -99,10 +103,10 @@ def float_tensors(model: Any) -> dict[str, int]:
         tensor = known[name].type.tensor_type
         if tensor.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
             continue
-        elements = 1 if tensor.HasField("shape") else -1
-        if tensor.HasField("shape"):
-            for axis in tensor.shape.dim:
-                elements *= int(axis.dim_value) if axis.HasField("dim_value") else 1
+        axes = list(tensor.shape.dim) if tensor.HasField("shape") else []
+        loose = [axis for axis in axes if not axis.HasField("dim_value") and axis.dim_param not in symbols]
+        sizes = [int(axis.dim_value) if axis.HasField("dim_value") else 1 for axis in axes]
+        elements = -1 if loose or not tensor.HasField("shape") else math.prod(sizes)
         found[name] = elements
     return found
 
@@ -248,6 +252,45 @@ def precision_of(model: Any) -> Precision:
         elements[weight.data_type] = elements.get(weight.data_type, 0) + size
     half = elements.get(onnx.TensorProto.FLOAT16, 0)
     return Precision.FP16 if half > elements.get(onnx.TensorProto.FLOAT, 0) else Precision.FP32
+
+
+def import_onnx(path: Path, folder: Path, *, binding: Mapping[str, int] | None = None, like: IOSpec | None = None) -> StoredArtifact:
+    """A user's ONNX file as an artifact `model.onnx` in `folder`, checked, with every node named.
+
+    `binding` gives dynamic axes their sizes; `None` binds a dynamic first axis to 1 and refuses other dynamic axes;
+    an empty mapping leaves all axes as they are.
+
+    Raises:
+        ModelError: the file is no valid model, or a dynamic axis has no size.
+    """
+    onnx = require_onnx("importing an ONNX model")
+    model = load_model(path)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"{path} is not a valid ONNX model", found=_first_line(error), hint="export it again", subject=path) from error
+    spec = iospec_of(model, like)
+    wanted = dict(binding) if binding is not None else {axis: 1 for tensor in spec.inputs for axis in tensor.shape[:1] if isinstance(axis, str)}
+    if wanted:
+        model = bind_axes(model, wanted)
+        spec = iospec_of(model, like)
+    if binding is None:
+        for tensor in spec.inputs:
+            tensor.sizes({})
+    name_nodes(model)
+    extra = write_model(model, folder, "model.onnx")
+    spec = IOSpec(inputs=spec.inputs, outputs=spec.outputs, state=spec.state, static_binding={**spec.static_binding, **wanted})
+    return store_artifact(
+        folder,
+        "model.onnx",
+        format=Format.ONNX,
+        precision=precision_of(model),
+        iospec=spec,
+        opset=opset_of(model),
+        producers={model.producer_name or "unknown": model.producer_version or "unknown"},
+        metadata={"depth": str(depth_of(model))},
+        extra_files=extra,
+    )
 
 
 def count_ops(model: Any, names: Iterable[str]) -> int:
