@@ -25,7 +25,7 @@ _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;)]*
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
 
 
-class PackageRow(Record, tag="edgekd.doctor_package/1", kw_only=True):
+class PackageRow(Record, tag="edgekd.doctor_package/1", frozen=True, kw_only=True):
     """One package of an extra. `version` is empty when it is not installed; `problem` is empty when all is well."""
 
     package: str
@@ -34,7 +34,7 @@ class PackageRow(Record, tag="edgekd.doctor_package/1", kw_only=True):
     problem: str = ""
 
 
-class ExtraRow(Record, tag="edgekd.doctor_extra/1", kw_only=True):
+class ExtraRow(Record, tag="edgekd.doctor_extra/1", frozen=True, kw_only=True):
     """One extra with its packages. `remedy` is the line that installs what is missing, empty when nothing is."""
 
     extra: str
@@ -46,7 +46,7 @@ class ExtraRow(Record, tag="edgekd.doctor_extra/1", kw_only=True):
         return not self.remedy
 
 
-class TargetRow(Record, tag="edgekd.doctor_target/1", kw_only=True):
+class TargetRow(Record, tag="edgekd.doctor_target/1", frozen=True, kw_only=True):
     """One profile: what it is, and whether it can be opened from here. `tried` is false when nobody tried to open it."""
 
     profile: str
@@ -66,7 +66,7 @@ class TargetRow(Record, tag="edgekd.doctor_target/1", kw_only=True):
     remedy: str = ""
 
 
-class Diagnosis(Record, tag="edgekd.doctor/1", kw_only=True):
+class Diagnosis(Record, tag="edgekd.doctor/1", frozen=True, kw_only=True):
     """Everything that `edgekd doctor` prints. `problem` concerns the machine as a whole and is empty when it fits."""
 
     edgekd: str

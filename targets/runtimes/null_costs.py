@@ -69,7 +69,7 @@ def graph_cost(path: Path, binding: Mapping[str, int]) -> GraphCost:
         ModelError: the file is no ONNX graph, or its shapes contradict each other.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load(str(path), load_external_data=False)
