@@ -13,7 +13,7 @@ from edgekd.records import StudentSpec
 Floats = NDArray[np.float64]
 
 _LINEAR = (0.3, 3.0)
-_BENDS = (0.02, 0.2)
+_BENDS = (0.02, 0.2, 1.0)
 _SCALES = (0.5, 1.0, 2.0)
 _NUGGETS = (0.005, 0.02, 0.06, 0.15)
 """The grid of the fit: weight of the straight and of the bent part (shares of the prior variance), length of the bends (in
