@@ -8,7 +8,12 @@ log limit; else more launches are taken, and after the last look it is a refuse.
 Looking repeatedly inflates the error, so the error of 1 % is split evenly over the planned looks (Bonferroni). With three
 looks each is judged at confidence 1 - 0.01/3, which makes k 2.51 at 20 launches, 2.03 at 40 and 1.86 at 60 (a single look
 would take 2.28, 1.88 and 1.76). The whole procedure passes an artifact whose 90 % content quantile lies at the limit, and fails one
-whose mean lies at the limit, in at most 1 % of the cases. Both assume launches that are independent and normal in the log.
+whose mean lies at the limit, in at most 1 % of the cases, if launches are independent and normal in the log (simulated: 0.8 % and 0.5 %).
+
+Launches in a row on a busy machine are correlated. The lower bound of the mean is widened for the correlation seen, so that noise
+is not called failure: at a lag-1 correlation of 0.3 the simulated false fail is 1.8 % (4.3 % without), at 0.6 it is 2.9 %. The tolerance
+bound is not widened: at 0.3 it passes an artifact at the content quantile in 2.8 % of the cases, at 0.6 in 13 %, and one whose mean lies
+at the limit in none.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from numpy.typing import NDArray
 
 from edgekd.errors import BudgetError, InputError, MeasurementInvalid
 from edgekd.records import Check, Clock, Launch, LaunchProtocol, Measurement, MeasurePlan, Outcome
-from edgekd.stats import CONFIDENCE, Interval, mean_bounds, min_samples, percentile_of, tolerance_factor
+from edgekd.stats import CONFIDENCE, Interval, min_samples, percentile_of, serial_mean_bounds, tolerance_factor
 
 CONTENT = 0.90
 """The share of all launches that must lie below the limit for a pass."""
@@ -113,7 +118,7 @@ def estimate_latency(measurement: Measurement, percentile: float, clock: Clock =
     x = np.log(latencies_ms(measurement.launches, percentile, clock))
     if x.size == 1:
         return Interval(*(float(np.exp(x[0])),) * 3)
-    return Interval(*(math.exp(value) for value in mean_bounds(x, confidence)))
+    return Interval(*(math.exp(value) for value in serial_mean_bounds(x, confidence)))
 
 
 def _nothing_valid(measurement: Measurement) -> MeasurementInvalid:
@@ -153,7 +158,7 @@ def check_latency(measurement: Measurement, limit_ms: float, percentile: float, 
     per_launch = latencies_ms(measurement.launches, percentile, clock)
     x = np.log(per_launch)
     confidence = look_confidence(plan)
-    mean = mean_bounds(x, confidence)
+    mean = serial_mean_bounds(x, confidence)
     k = tolerance_factor(n, CONTENT, confidence)
     value, lower, upper = math.exp(mean.value), math.exp(mean.lower), math.exp(mean.value + k * float(x.std(ddof=1)))
     log_limit = math.log(limit_ms) + ROUNDING

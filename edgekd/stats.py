@@ -147,6 +147,29 @@ def mean_bounds(x: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def lag_one(x: ArrayLike) -> float:
+    """The correlation of each value with the next, corrected for its downward bias of (1 + 4 r) / n (Kendall, Biometrika 41:403,
+    1954), in [0, 0.95]: negative estimates count as none. 0 for fewer than 10 values or no variance."""
+    values = finite_vector("the series", x)
+    centred = values - values.mean()
+    total = float(centred @ centred)
+    if values.size < 10 or total <= 0.0:
+        return 0.0
+    r = float(centred[:-1] @ centred[1:]) / total
+    return min(0.95, max(0.0, r + (1.0 + 4.0 * r) / values.size))
+
+
+def serial_mean_bounds(x: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
+    """Like `mean_bounds` for values in the order they were taken: the half width grows by sqrt((1 + r) / (1 - r)), r = `lag_one(x)`.
+
+    That is the standard error of the mean of a first-order autoregressive series (Box and Jenkins, Time Series Analysis, section 2.1).
+    """
+    plain = mean_bounds(x, confidence)
+    r = lag_one(x)
+    half = (plain.upper - plain.value) * math.sqrt((1.0 + r) / (1.0 - r))
+    return Interval(plain.value, plain.value - half, plain.value + half)
+
+
 def paired_interval(diff: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     """The mean of the paired differences `(items,)` with t bounds, each one-sided at `confidence`.
 

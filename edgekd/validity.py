@@ -91,7 +91,7 @@ def validity_reason(launch: Launch, limits: Limits, *, sentinel_ns: int | None =
             continue
         if not math.isfinite(value):
             return f"sensor: {name} is {value}, not a finite number"
-        if value > limit:
+        if value > limit + 1e-9:  # a value at the limit is inside it, whatever the last bit
             return sentence.format(format(value, form), format(limit, form))
     return ""
 

@@ -10,6 +10,7 @@ from scipy import optimize, stats
 
 from edgekd.errors import DataError, InputError
 from edgekd.stats import (
+    lag_one,
     mean_bounds,
     min_samples,
     normal_quantile,
@@ -18,6 +19,7 @@ from edgekd.stats import (
     paired_interval,
     percentile_of,
     proportion_interval,
+    serial_mean_bounds,
     tolerance_factor,
 )
 
@@ -155,3 +157,25 @@ def test_paired_counts_counts_and_refuses_other_values() -> None:
         paired_counts([0.5, 1], [1, 1])
     with pytest.raises(DataError, match="one value per item"):
         paired_counts([1], [1, 1])
+
+
+def test_lag_one_estimates_the_correlation_of_neighbours() -> None:
+    rng = np.random.default_rng(0)
+    for r in (0.0, 0.4, 0.8):
+        x = rng.normal(size=5000)
+        for i in range(1, x.size):
+            x[i] += r * x[i - 1]
+        assert lag_one(x) == pytest.approx(r, abs=0.04)
+    assert lag_one([1.0, -1.0] * 20) == 0.0
+    assert lag_one([3.0] * 20) == 0.0
+    assert lag_one([1.0, 2.0, 3.0]) == 0.0
+
+
+def test_serial_mean_bounds_cover_the_mean_of_a_correlated_series_where_plain_ones_do_not() -> None:
+    rng, r, n, replicates = np.random.default_rng(1), 0.5, 60, 1500
+    x = rng.normal(size=(replicates, n))
+    for i in range(1, n):
+        x[:, i] = r * x[:, i - 1] + math.sqrt(1 - r * r) * x[:, i]
+    serial = sum(serial_mean_bounds(row, 0.975).lower > 0 for row in x) / replicates
+    plain = sum(mean_bounds(row, 0.975).lower > 0 for row in x) / replicates
+    assert serial < 0.05 < plain
