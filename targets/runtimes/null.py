@@ -25,6 +25,7 @@ _OPTIONS: dict[str, tuple[float, str]] = {
     "speed": (1.0, "above 0: how many times faster than the formula"),
     "seed": (0, "integer from 0: seed of the noise"),
 }
+_DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 _SENTINEL_NS = 1_000_000
 _MAX_SESSIONS = 8
 _STILL = Snapshot(
@@ -112,35 +113,35 @@ class NullRuntime:
 
     def supports(self, model: StoredArtifact) -> SupportReport:
         """Whether ONNX Runtime makes a session of the model; text inputs are named as missing."""
-        if model.record.format is not Format.ONNX:
-            return SupportReport(supported=False, missing={model.record.format.value: "the null runtime takes ONNX only"})
-        texts = {item.name: "text stays outside the graph" for item in model.record.iospec.inputs if item.dtype in ("string", "str", "object")}
-        if texts:
-            return SupportReport(supported=False, missing=texts)
+        record = model.record
+        if record.format is not Format.ONNX:
+            return SupportReport(supported=False, missing={"format": f"{record.format.value}, this runtime takes onnx"})
+        strange = {item.name: f"dtype {item.dtype}" for item in (*record.iospec.inputs, *record.iospec.outputs) if item.dtype not in _DTYPES}
+        if strange:
+            return SupportReport(supported=False, missing=strange, note="keep texts and objects outside the model")
         try:
-            self._session(model, ())
+            session = self._session(model, ())
         except UnsupportedModel as error:
-            return SupportReport(supported=False, missing={"model": str(error.found)})
-        return SupportReport(supported=True)
+            return SupportReport(supported=False, missing={"model": str(error.found)}, note=error.what)
+        taken, given = {item.name for item in session.get_inputs()}, {item.name for item in session.get_outputs()}
+        missing = {item.name: "no such input in the file" for item in record.iospec.inputs if item.name not in taken}
+        missing |= dict.fromkeys(sorted(taken - {item.name for item in record.iospec.inputs}), "an input that the IOSpec lacks")
+        missing |= {item.name: "no such output in the file" for item in record.iospec.outputs if item.name not in given}
+        return SupportReport(supported=not missing, missing=missing)
 
     def compile(self, model: StoredArtifact, folder: Path) -> StoredArtifact:
-        """The model itself: nothing is compiled."""
-        return model
+        """The same files in `folder`: nothing is compiled."""
+        return model if folder.resolve() == model.folder.resolve() else model.copy_to(folder)
 
     def benchmark(self, request: BenchmarkRequest) -> tuple[Launch, ...]:
         """Made-up launches with `min_samples` samples each, at once and without a process.
 
         Raises:
-            DataError: the inputs of a label lack one that its model takes.
+            DataError: the inputs of a label lack one that its model takes, or hold no sample.
             ModelError: a model is no ONNX graph.
         """
         for label in dict.fromkeys(request.schedule):
-            model = request.models[label]
-            taken = {item.name for item in model.record.iospec.inputs}
-            if set(request.inputs[label]) != taken:
-                raise DataError(
-                    f"the inputs for {label!r} are not those of its model", found=sorted(request.inputs[label]), allowed=sorted(taken), subject=label
-                )
+            _fitting(request.models[label], request.inputs[label])
         return tuple(self._launch(request, label, request.first_index + offset) for offset, label in enumerate(request.schedule))
 
     def true_latency_ms(self, model: StoredArtifact, percentile: float = 50.0) -> float:
@@ -158,24 +159,24 @@ class NullRuntime:
         axis gets one.
 
         Raises:
-            DataError: an input is missing, or the number of samples is no multiple of the batch.
-            ModelError: a tap is no tensor of the graph.
+            DataError: an input is missing or no number, counts differ, or the samples do not fill the batches.
+            ModelError: a tap is no tensor of the graph, or the model does not run with these inputs.
             UnsupportedModel: ONNX Runtime refuses the model.
         """
+        fitting = _fitting(model, inputs)
         session = self._session(model, tuple(taps))
-        specs = {item.name: item for item in model.record.iospec.inputs}
-        if set(inputs) != set(specs):
-            raise DataError("the inputs are not those of the model", found=sorted(inputs), allowed=sorted(specs), subject=model.record.entry)
-        fixed = {item.shape[0] for item in specs.values() if item.shape and isinstance(item.shape[0], int)}
+        outputs = [item.name for item in model.record.iospec.outputs]
+        names = [*outputs, *(tap for tap in taps if tap not in outputs)]
+        fixed = {shape[0] for item in model.record.iospec.inputs if (shape := item.shape)}
         chunk = max((size for size in fixed if isinstance(size, int)), default=1)
-        counts = {name: len(value) for name, value in inputs.items()}
-        samples = max(counts.values())
-        if set(counts.values()) != {samples} or samples == 0 or samples % chunk:
-            raise DataError("every input needs the same number of samples", found=counts, allowed=f"a multiple of the batch {chunk}, above 0")
-        names = [item.name for item in session.get_outputs()]
+        samples = len(next(iter(fitting.values())))
+        if samples % chunk:
+            raise DataError(
+                "the samples do not fill the model's batches", found=samples, allowed=f"a multiple of the batch {chunk}", subject=model.record.entry
+            )
         parts: dict[str, list[Array]] = {name: [] for name in names}
         for start in range(0, samples, chunk):
-            feed = {name: np.ascontiguousarray(value[start : start + chunk]) for name, value in inputs.items()}
+            feed = {name: value[start : start + chunk] for name, value in fitting.items()}
             for name, value in zip(names, _run(session, names, feed), strict=True):
                 part = np.asarray(value)
                 parts[name].append(part if part.ndim and part.shape[0] == chunk else part[None])
@@ -239,13 +240,29 @@ class NullRuntime:
         return self._sessions[key]
 
 
+def _fitting(model: StoredArtifact, inputs: Tensors) -> dict[str, Array]:
+    """The inputs that the model takes, in its dtypes; only casts within a kind (float64 to float32) are made."""
+    fitting = {}
+    for item in model.record.iospec.inputs:
+        if item.name not in inputs:
+            raise DataError(f"input {item.name!r} is missing", found=sorted(inputs), hint="name the inputs as in the artifact's IOSpec", subject=item.name)
+        value = np.asarray(inputs[item.name])
+        if not np.can_cast(value.dtype, np.dtype(item.dtype), casting="same_kind"):
+            raise DataError(f"input {item.name!r} has another kind of numbers", found=value.dtype, allowed=item.dtype, subject=item.name)
+        fitting[item.name] = np.ascontiguousarray(value, dtype=item.dtype)
+    counts = {name: len(value) if value.ndim else 0 for name, value in fitting.items()}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        raise DataError("inputs must hold the same number of samples, at least one", found=counts)
+    return fitting
+
+
 def _run(session: Any, names: list[str], feed: dict[str, Array]) -> list[Any]:
     from onnxruntime.capi import onnxruntime_pybind11_state as states
 
     try:
         outputs: list[Any] = session.run(names, feed)
-    except states.InvalidArgument as error:
-        raise DataError("the model refuses these inputs", found=str(error).splitlines()[0], hint="compare shapes and types with the model's IOSpec") from error
+    except (states.Fail, states.InvalidArgument, states.RuntimeException) as error:
+        raise ModelError("the model does not run with these inputs", found=str(error).splitlines()[0], hint="compare shapes with the model's IOSpec") from error
     return outputs
 
 

@@ -191,8 +191,10 @@ def test_infer_refuses_unknown_taps_and_wrong_inputs(tmp_path: Path) -> None:
         runtime.infer(net, {"x": x}, taps=("r9",))
     with pytest.raises(DataError):
         runtime.infer(net, {"image": x})
-    with pytest.raises(DataError):
-        runtime.infer(net, {"x": x.astype(np.float64)})
+    with pytest.raises(DataError, match="kind of numbers"):
+        runtime.infer(net, {"x": x.astype(np.complex64)})
+    with pytest.raises(ModelError, match="does not run"):
+        runtime.infer(net, {"x": x[:, :2]})
     with pytest.raises(DataError):
         runtime.infer(net, {"x": x[:0]})
     with pytest.raises(DataError):
