@@ -7,7 +7,6 @@ import importlib.metadata
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 

@@ -204,7 +204,7 @@ def _place(error: BaseException) -> str:
         texts.append(str(cause))
         cause = cause.__cause__
     for text in reversed(texts):
-        for pattern in (r"nn_module_stack[^\n]*?'L__self___model_?([\w.]+)'", r"(?:aten|prims|torchvision|\w+)(?:::|\.)\w+\.\w+", r"line (\d+, in \w+)"):
+        for pattern in (r"OpOverload\(op='([\w.]+)'", r"\b(aten(?:::|\.)\w+)", r"L__self___model_([\w.]+)'", r"in (forward)\b.*?\n\s*(.+)"):
             match = re.search(pattern, text)
             if match:
                 return match.group(match.lastindex or 0)
