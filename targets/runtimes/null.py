@@ -14,7 +14,7 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, BenchmarkRequest, Tensors, Transport
-from edgekd.errors import DataError, MissingDependency, ModelError, ProfileError, UnsupportedModel, near_names
+from edgekd.errors import ConfigError, DataError, MissingDependency, ModelError, ProfileError, UnsupportedModel, near_names
 from edgekd.records import Capabilities, Clock, Fingerprint, Format, Launch, OpTime, Precision, Profile, Snapshot, SupportReport
 from edgekd.storage import sha256_bytes
 
@@ -137,10 +137,13 @@ class NullRuntime:
         """Made-up launches with `min_samples` samples each, at once and without a process.
 
         Raises:
+            ConfigError: the schedule names a label without a model or inputs.
             DataError: the inputs of a label lack one that its model takes, or hold no sample.
             ModelError: a model is no ONNX graph.
         """
         for label in dict.fromkeys(request.schedule):
+            if label not in request.models or label not in request.inputs:
+                raise ConfigError("the schedule names a label without a model or inputs", found=label, allowed=near_names(label, request.models), subject=label)
             _fitting(request.models[label], request.inputs[label])
         return tuple(self._launch(request, label, request.first_index + offset) for offset, label in enumerate(request.schedule))
 
@@ -184,13 +187,10 @@ class NullRuntime:
 
     def op_times(self, model: StoredArtifact, inputs: Tensors, runs: int = 50) -> tuple[OpTime, ...]:
         """The formula's time of every operator that runs, in the order of the graph."""
-        cost = self._cost(model)
-        whole = sum(node.time_ns for node in cost.nodes) or 1.0
-        speed = self._option("speed")
-        return tuple(
-            OpTime(name=node.name, op_type=node.op_type, time_ns=round(node.time_ns / speed), share=node.time_ns / whole, provider="null")
-            for node in cost.nodes
-        )
+        _fitting(model, inputs)
+        times = [(node, round(node.time_ns / self._option("speed"))) for node in self._cost(model).nodes]
+        whole = sum(time_ns for _, time_ns in times) or 1
+        return tuple(OpTime(name=node.name, op_type=node.op_type, time_ns=time_ns, share=time_ns / whole, provider="null") for node, time_ns in times)
 
     def _option(self, name: str) -> float:
         return float(self.profile.runtime.options.get(name, _OPTIONS[name][0]))
