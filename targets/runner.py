@@ -187,9 +187,9 @@ def fingerprint(job: dict[str, Any]) -> dict[str, str]:
 
 
 def tidy(folder: str, cap_mb: float, keep_s: float = 86400.0) -> None:
-    """Remove the model folders that were used longest ago until the rest is below `cap_mb`; those used within `keep_s` stay."""
-    models = glob.glob(os.path.join(glob.escape(folder), "*"))
-    entries = [(os.path.getmtime(path), sum(os.path.getsize(item) for item in glob.glob(glob.escape(path) + "/**", recursive=True)), path) for path in models]
+    """Remove the folders below `folder` that were used longest ago until the rest is below `cap_mb`; those used within `keep_s` stay."""
+    paths = glob.glob(os.path.join(glob.escape(folder), "*"))
+    entries = [(os.path.getmtime(path), sum(os.path.getsize(item) for item in glob.glob(glob.escape(path) + "/**", recursive=True)), path) for path in paths]
     total = sum(size for _, size, _ in entries)
     for used, size, path in sorted(entries):
         if total <= cap_mb * 1e6 or time.time() - used < keep_s:
@@ -408,7 +408,7 @@ def run_benchmark(job: dict[str, Any], folder: str) -> bool:
             message = f"the launch's process ended with status {process.returncode}"
             raise JobError("launch", message, stderr=err.decode("utf-8", "replace")[-4000:], **subject)
         answer = json.loads(lines[0])
-        if answer["kind"] != "launch":
+        if answer.pop("kind") != "launch":
             raise JobError(answer.pop("phase"), answer.pop("message"), **dict(answer, **subject))
         emit("launch", launch=dict(answer["launch"], **subject))
     return True
@@ -467,7 +467,8 @@ def run_check(job: dict[str, Any], folder: str) -> bool:
 def run_state(job: dict[str, Any], folder: str) -> bool:
     """The state now, and for a probe what the device is."""
     if job["kind"] == "probe":
-        tidy(job["models_folder"], job["models_cap_mb"])
+        for name, cap_mb in job["tidy"].items():
+            tidy(name, cap_mb)
         emit("fingerprint", fields=fingerprint(job))
     ticks = stat_ticks(read_text("/proc/stat"))
     time.sleep(0.1)

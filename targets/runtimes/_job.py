@@ -203,8 +203,11 @@ class RunnerJobs:
         try:
             return self._benchmark(request)
         except DeviceBusy:
-            if not self.transport.reap():
+            reaped = self.transport.reap()
+            if not reaped:
                 raise
+            for job in reaped:
+                self.transport.remove(f"work/{job}")
             return self._benchmark(request)  # the holder was a job of a dead host
 
     def _benchmark(self, request: BenchmarkRequest) -> tuple[Launch, ...]:
@@ -214,7 +217,7 @@ class RunnerJobs:
         fields: Line = {
             **self._base("benchmark"),
             "protocol": msgspec.to_builtins(request.protocol),
-            "lock": "",
+            "lock": str(self.profile.runtime.options.get("lock", "")),
             "lock_wait_s": lock_wait_s,
             "launch_limit_s": launch_limit_s(request.protocol),
             "first_index": request.first_index,
@@ -294,7 +297,7 @@ class RunnerJobs:
     def probe(self) -> tuple[dict[str, str], Line]:
         """The fingerprint's fields and the state of the device; old models are cleared away there."""
         with self.folder("probe") as work:
-            lines = self.call("probe", work, _START_S, models_folder="models", models_cap_mb=_MODELS_CAP_MB)
+            lines = self.call("probe", work, _START_S, tidy={"models": _MODELS_CAP_MB, "work": 0.0})
         found = {line["kind"]: line for line in lines}
         return found["fingerprint"]["fields"], found["snapshot"]["snapshot"]
 

@@ -21,14 +21,15 @@ from ._job import RunnerJobs
 
 _SHORT_S = 120.0
 _SAMPLE_S = 2.0
-_OPTIONS = {"spinning": bool}
+_OPTIONS = {"spinning": bool, "lock": str}
 _DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 
 
 class OnnxRuntime:
     """The `onnxruntime` runtime: CPU provider, all graph optimizations, `runtime.threads` intra-op threads, one inter-op thread.
 
-    `runtime.options` knows `spinning` (default true: threads wait busily, as is ONNX Runtime's default).
+    `runtime.options` knows `spinning` (default true: threads wait busily, as is ONNX Runtime's default) and `lock` (the path of
+    the device's lock file; the default is one file for all users of the device).
     """
 
     name = "onnxruntime"
@@ -49,7 +50,7 @@ class OnnxRuntime:
         """
         for name, value in self.profile.runtime.options.items():
             if name not in _OPTIONS or not isinstance(value, _OPTIONS[name]):
-                raise ProfileError(f"runtime.options.{name} is not known here", found=value, allowed="spinning = true or false", subject=name)
+                raise ProfileError(f"runtime.options.{name} is not known here", found=value, allowed="spinning = true or false, lock = a path", subject=name)
         here = self.profile.transport.kind == "local" and not self.profile.transport.python
         if here and importlib.util.find_spec("onnxruntime") is None:
             raise MissingDependency("onnxruntime", "x86", purpose="the runtime onnxruntime on this machine")

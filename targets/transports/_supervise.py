@@ -11,9 +11,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 
-def write_whole(path: str, value: dict[str, object]) -> None:
+def write_whole(path: str, value: Mapping[str, object]) -> None:
     """Write JSON so that a reader sees all of it or no file."""
     with open(path + ".part", "w", encoding="utf-8") as stream:
         json.dump(value, stream)
