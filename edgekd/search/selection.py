@@ -48,8 +48,8 @@ def choose_passing(
     for candidate in ranked:
         if len(taken) >= attempts:
             break
-        screened = latency_ms[candidate.label] if latency_ms is not None else 0.0
-        if screened >= ceiling:
+        screened = latency_ms[candidate.label] if latency_ms is not None else None
+        if screened is not None and screened >= ceiling:
             skipped += 1
             continue
         try:
@@ -62,6 +62,6 @@ def choose_passing(
             return Selection(chosen=candidate, attempts=tuple(taken), skipped=skipped)
         if not go_on(verdict):
             break
-        if any(check.name == "latency" and check.outcome is not Outcome.PASS for check in verdict.checks):
+        if screened is not None and any(check.name == "latency" and check.outcome is not Outcome.PASS for check in verdict.checks):
             ceiling = screened
     return Selection(chosen=None, attempts=tuple(taken), skipped=skipped)
