@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +114,15 @@ def export(module: nn.Module, inputs: Mapping[str, np.ndarray], folder: Path, **
     artifact = load("converters", "onnx-from-torch")().convert(request)
     assert isinstance(artifact, StoredArtifact)
     return artifact
+
+
+_KEPT = tempfile.TemporaryDirectory(prefix="edgekd.tests.")
+
+
+@functools.cache
+def exported_convnet(batch: str = "static") -> StoredArtifact:
+    """`ConvNet` for images of 3x8x8 as ONNX, exported once per test process."""
+    return export(ConvNet(), {"image": noise(4, 3, 8, 8)}, Path(_KEPT.name) / f"convnet-{batch}", batch=batch)
 
 
 def prepare(source: StoredArtifact, inputs: Mapping[str, np.ndarray], folder: Path) -> StoredArtifact:
