@@ -61,7 +61,7 @@ def train(net: nn.Module, x: torch.Tensor, y: torch.Tensor, seed: int) -> None:
         for start in range(0, len(x) // 64 * 64, 64):
             rows = order[start : start + 64]
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()
+            nn.functional.cross_entropy(net(x[rows]), y[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
 

@@ -13,15 +13,17 @@ from edgekd.errors import InputError, ModelError
 from edgekd.records import Cut, StudentSpec
 from edgekd.spaces import Family, Fixed
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("safetensors")
-from edgekd.rebuild import complete_spec, load_weights, rebuild, save_weights  # noqa: E402
+import torch
+
+from edgekd.rebuild import complete_spec, load_weights, rebuild, save_weights
 
 pytestmark = pytest.mark.torch
 EXAMPLE = {"x": np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)}
 
 
-def make_net(width: int, gain: float = 1.0) -> torch.nn.Module:
+def make_net(width: int, gain: float = 1.0) -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(6, width), torch.nn.BatchNorm1d(width), torch.nn.Tanh(), Scale(gain), torch.nn.Linear(width, 3))
 
 
@@ -53,10 +55,11 @@ def untied(tie: bool = False) -> torch.nn.Module:
     return Tied(tie)
 
 
-def trained(width: int = 4, seed: int = 0) -> tuple[StudentSpec, torch.nn.Module]:
+def trained(width: int = 4, seed: int = 0) -> tuple[StudentSpec, torch.nn.Sequential]:
     space = Family(make_net, width=[width])
     (spec,) = space.candidates(0)
     module = space.build(spec, seed)
+    assert isinstance(module, torch.nn.Sequential)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.1)
@@ -83,7 +86,7 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path: Path) -> None:
     space = Fixed(Tied)
     (spec,) = space.candidates(0)
     module = space.build(spec, 0)
-    example = {"x": EXAMPLE["x"], "tokens": np.array([[0, 9], [1, 2], [3, 4], [5, 6]], dtype=np.int64)}
+    example: dict[str, np.ndarray] = {"x": EXAMPLE["x"], "tokens": np.array([[0, 9], [1, 2], [3, 4], [5, 6]], dtype=np.int64)}
     spec = complete_spec(spec, module, example, seed=1)
     assert spec.probe is not None
     assert set(spec.probe.outputs) == {"logits", "hidden"}
@@ -92,6 +95,7 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path: Path) -> None:
     with safe_open(str(path), framework="np") as handle:
         assert list(handle.keys()) == ["embedding.weight"]
     back = rebuild(StudentSpec.from_json(spec.to_json()), path)
+    assert isinstance(back, Tied)
     assert back.head.weight is back.embedding.weight
     with pytest.raises(ModelError, match="share"):
         load_weights(untied(), path)
@@ -165,14 +169,14 @@ def test_rebuild_says_why_when_there_is_no_factory_and_takes_a_module_instead(tm
     (spec,) = space.candidates(0)
     student = space.build(spec, 0)
     with torch.no_grad():
-        student[0].weight.add_(1.0)
+        next(student.parameters()).add_(1.0)
     spec = complete_spec(spec, student, EXAMPLE, seed=0)
     save_weights(student, tmp_path / "w.safetensors")
     with pytest.raises(InputError, match="teacher_module="):
         rebuild(spec, tmp_path / "w.safetensors")
     back = rebuild(spec, tmp_path / "w.safetensors", teacher_module=module)
-    assert torch.equal(back[0].weight, student[0].weight)
-    assert not torch.equal(back[0].weight, module[0].weight)
+    assert torch.equal(next(back.parameters()), next(student.parameters()))
+    assert not torch.equal(next(back.parameters()), next(module.parameters()))
 
 
 def test_rebuild_refuses_a_pruned_student_and_names_its_space(tmp_path: Path) -> None:
@@ -186,7 +190,7 @@ def test_rebuild_refuses_a_pruned_student_and_names_its_space(tmp_path: Path) ->
 def test_complete_spec_refuses_outputs_that_are_not_finite() -> None:
     spec, module = trained()
     with torch.no_grad():
-        module[4].weight[0, 0] = float("nan")
+        next(module[4].parameters())[0, 0] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
         complete_spec(spec, module, EXAMPLE, seed=0)
 

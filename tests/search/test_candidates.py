@@ -9,7 +9,9 @@ from edgekd.errors import Rejected
 from edgekd.search import count_size, describe_candidates
 from edgekd.spaces import Family
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+import torch
+
 pytestmark = pytest.mark.torch
 EXAMPLE = {"image": np.zeros((4, 1, 8, 8), dtype=np.float32)}
 

@@ -38,9 +38,8 @@ def device(seed: int, noise: float = 0.01, wrap: Callable[[Candidate, float], Se
     def measure(batch: Sequence[Candidate]) -> dict[str, Seen]:
         answers = {}
         for candidate in batch:
-            value: Seen | float = true_ms(candidate) * math.exp(noise * generator.standard_normal())
-            if wrap is not None:
-                value = wrap(candidate, float(value))
+            drawn = true_ms(candidate) * math.exp(noise * generator.standard_normal())
+            value = wrap(candidate, drawn) if wrap is not None else drawn
             answers[candidate.label] = (
                 value
                 if isinstance(value, Seen)

@@ -62,7 +62,7 @@ def _accuracy(ranked: Sequence[Candidate], table: Mapping[str, float], limit: fl
     if not ranked:
         return 0.1
     assert table[ranked[0].label] <= limit
-    return ACCURACY[ranked[0].label]
+    return float(ACCURACY[ranked[0].label])
 
 
 def test_table_is_real_and_not_monotone() -> None:
