@@ -18,6 +18,7 @@ BLOCKS = 2
 """Blocks of four launches, ABBA or BAAB: eight launches."""
 
 _KEPT_SHARE = 0.75
+_NOISIEST = 0.10  # five times the "bad" noise between blocks of a busy virtual machine: such a run calibrates nothing
 _LABELS = ("A", "B")
 
 
@@ -32,22 +33,22 @@ def _narrow(ceiling: float | None, seen: Sequence[float | None], *, factor: floa
 def limits_from(launches: Sequence[Launch], ceiling: Limits, sentinel_ns: int | None) -> Limits:
     """Limits that an A/A run supports; each is the profile's ceiling or tighter, with slack for artifacts that differ from the one run.
 
-    Steal, frequency drop, temperature rise and sentinel drift: twice the largest seen, at least 0.5 %, 3 %, 2 K and 5 %. Spread: 1 + three
-    times the largest excess of p90 over p50, at least 1.2. CPU share: the smallest seen less 0.05, at most 0.98 and at least the profile's.
+    Steal, frequency drop, temperature rise and sentinel drift: twice the largest seen, at least 1 %, 5 %, 2 K and 5 %. Spread: 1 + three
+    times the largest excess of p90 over p50, at least 1.3. CPU share: the smallest seen less 0.05, at most 0.98 and at least the profile's.
     """
     shares = [launch.cpu_share for launch in launches if launch.cpu_share is not None]
     share = ceiling.cpu_share_min
     if share is not None and shares:
         share = max(share, min(0.98, min(shares) - 0.05))
     excess = [None if (spread := spread_of(launch)) is None else spread - 1.0 for launch in launches]
-    spread_excess = _narrow(None if ceiling.spread_max is None else ceiling.spread_max - 1.0, excess, factor=3.0, floor=0.2)
+    spread_excess = _narrow(None if ceiling.spread_max is None else ceiling.spread_max - 1.0, excess, factor=3.0, floor=0.3)
     return msgspec.structs.replace(
         ceiling,
         cpu_share_min=share,
-        steal_max=_narrow(ceiling.steal_max, [steal_of(one) for one in launches], factor=2.0, floor=0.005),
+        steal_max=_narrow(ceiling.steal_max, [steal_of(one) for one in launches], factor=2.0, floor=0.01),
         sentinel_drift_max=_narrow(ceiling.sentinel_drift_max, [sentinel_drift_of(one, sentinel_ns) for one in launches], factor=2.0, floor=0.05),
         spread_max=None if spread_excess is None else 1.0 + spread_excess,
-        frequency_drop_max=_narrow(ceiling.frequency_drop_max, [frequency_drop_of(one) for one in launches], factor=2.0, floor=0.03),
+        frequency_drop_max=_narrow(ceiling.frequency_drop_max, [frequency_drop_of(one) for one in launches], factor=2.0, floor=0.05),
         temperature_rise_max_c=_narrow(ceiling.temperature_rise_max_c, [temperature_rise_of(one) for one in launches], factor=2.0, floor=2.0),
         sentinel_ns=sentinel_ns,
     )
@@ -59,13 +60,14 @@ def _baseline(launches: Sequence[Launch], percentile: float) -> int | None:
     return int(percentile_of(seen, percentile)) if seen else None
 
 
-def _pairs(launches: Sequence[Launch]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """log(median of A) - log(median of B) for each two neighbours; a launch without raw samples counts by its summary's median."""
+def _pairs(launches: Sequence[Launch], valid: set[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """log(median of A) - log(median of B) for each two neighbours that are both valid, `(pairs,)`; a launch without raw samples counts by
+    its summary's median."""
     medians = [percentile_of(one.samples_ns, 50.0) if one.samples_ns else float(one.summary_ns.get("median", 0)) for one in launches]
     out = []
     for left in range(0, len(launches) - 1, 2):
         a, b = (left, left + 1) if launches[left].label == _LABELS[0] else (left + 1, left)
-        if medians[a] > 0 and medians[b] > 0:
+        if medians[a] > 0 and medians[b] > 0 and {launches[a].index, launches[b].index} <= valid:
             out.append(np.log(medians[a]) - np.log(medians[b]))
     return np.asarray(out, dtype=np.float64)
 
@@ -73,9 +75,9 @@ def _pairs(launches: Sequence[Launch]) -> np.ndarray[tuple[int], np.dtype[np.flo
 def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: int, progress: Progress | None = None) -> AaRun:
     """The A/A run of this device: taken now under the screen's protocol, or the one stored in `cache_dir`.
 
-    It is stored under the device's fingerprint, the runtime's options, the protocol and the profile's limits. A run with fewer than three
-    quarters of its launches inside the profile's limits is `contended`: it gives the profile's limits, and it is not stored, so that the
-    next command calibrates again.
+    It is stored under the device's fingerprint, the runtime's options, the protocol and the profile's limits. A run is `contended` if fewer
+    than three quarters of its launches are inside the profile's limits, or if the two labels differ from pair to pair by a standard deviation above
+    10 %: it gives the profile's limits, and it is not stored, so that the next command calibrates again.
     """
     ceiling = target.profile.measure.limits
     protocol = target.profile.measure.screen.launch
@@ -94,16 +96,21 @@ def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: in
             progress("A/A", 4 * (block + 1), 4 * BLOCKS)
     kept = [*bench.valid["A"], *bench.valid["B"]]
     rejected = [*bench.rejected["A"], *bench.rejected["B"]]
-    contended = "" if len(kept) >= _KEPT_SHARE * len(launches) else f"{len(rejected)} of {len(launches)} launches rejected: {causes(rejected)}"
+    pairs = _pairs(launches, {launch.index for launch in kept})
+    block_sd = float(pairs.std(ddof=1)) if pairs.size > 1 else 0.0
+    contended = ""
+    if len(kept) < _KEPT_SHARE * len(launches):
+        contended = f"{len(rejected)} of {len(launches)} launches rejected: {causes(rejected)}"
+    elif block_sd > _NOISIEST:
+        contended = f"two labels of one artifact differ by a standard deviation of {block_sd:.1%} per pair, limit {_NOISIEST:.0%}"
     if contended:
         own = _baseline(launches, 1.0)
         limits = msgspec.structs.replace(ceiling, sentinel_ns=own)
     else:
         limits = limits_from(kept, ceiling, _baseline(kept, 25.0))
-    pairs = _pairs(launches)
     record = AaRun(
         limits=limits,
-        block_sd=float(pairs.std(ddof=1)) if pairs.size > 1 else 0.0,
+        block_sd=block_sd,
         offset=float(pairs.mean()) if pairs.size else 0.0,
         protocol=protocol,
         artifact=subject.artifact.record.content_hash(),
