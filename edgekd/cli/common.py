@@ -1,0 +1,139 @@
+"""What the commands share: options, tables, progress, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from edgekd.records import Ledger, Verdict
+    from edgekd.stages import Event
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+_PIPE_WIDTH = 200
+
+
+def set_option(function: F) -> F:
+    """The repeatable option `--set NAME=VALUE`."""
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Override a field of the profile or job, for example runtime.threads=1. Repeatable."
+    )(function)
+
+
+def target_option(default: str | None = "local") -> Callable[[F], F]:
+    """The option `--target NAME`."""
+    return click.option("--target", default=default, show_default=default is not None, help="A profile by name, or the path of its file.")
+
+
+def json_option(function: F) -> F:
+    """The flag `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output and nothing else there.")(function)
+
+
+def console(*, err: bool = False) -> Console:
+    """A console that prints text as it is: no markup from names, and wide lines where nobody looks."""
+    from rich.console import Console
+
+    stream = sys.stderr if err else sys.stdout
+    return Console(stderr=err, markup=False, highlight=False, emoji=False, soft_wrap=False, width=None if stream.isatty() else _PIPE_WIDTH)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[int] = ()) -> None:
+    """A table on standard output."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(Text(name), justify="right" if index in numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    click.echo(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """A line on standard error, for progress."""
+    click.echo(text, err=True)
+
+
+def tell(event: Event) -> None:
+    """A stage's event as a line on standard error."""
+    took = f" ({event.seconds:.1f} s)" if event.kind == "finished" else ""
+    say(f"{event.stage}: {event.text}" if event.kind == "note" else f"{event.stage}: {event.kind}{took}: {event.text}")
+
+
+def launch_progress(label: str, done: int, total: int) -> None:
+    """Progress of a measurement as a line on standard error: rewritten in a terminal, every tenth launch elsewhere."""
+    if sys.stderr.isatty():
+        click.echo(f"\r{label}: {done} of {total} launches", err=True, nl=done >= total)
+    elif done >= total or done % 10 == 0:
+        say(f"{label}: {done} of {total} launches")
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """The checks as a table, then the verdict in one line."""
+    from edgekd.report.words import interval_text, unit_text, verdict_text
+
+    if verdict.checks:
+        print_table(
+            "Checks",
+            ("check", "outcome", "value", "limit", "interval (confidence)", "n", "note"),
+            (
+                (
+                    check.name,
+                    check.outcome.value,
+                    unit_text(check.value, check.unit),
+                    unit_text(check.limit, check.unit),
+                    interval_text(check),
+                    str(check.n),
+                    check.reason or "-",
+                )
+                for check in verdict.checks
+            ),
+            numeric=(2, 3, 4, 5),
+        )
+    click.echo(verdict_text(verdict))
+
+
+def print_ledger(ledger: Ledger) -> None:
+    """Every step: decision, before and after, why."""
+    from edgekd.report.words import change_cells
+
+    print_table(
+        "Ledger (before → after)",
+        ("stage", "step", "decision", "latency", "score", "size", "precision", "why"),
+        (
+            (row.stage, row.step + (f" [simulated: {row.simulated}]" if row.simulated else ""), row.decision, *change_cells(row), row.reason)
+            for row in ledger.rows
+        ),
+        numeric=(3, 4, 5),
+    )
+
+
+def require(module: str, extra: str, purpose: str) -> None:
+    """Refuse to start a command whose package is missing.
+
+    Raises:
+        MissingDependency: the module is not installed; names the line that installs it.
+    """
+    import importlib.util
+
+    from edgekd.errors import MissingDependency
+
+    if importlib.util.find_spec(module) is None:
+        raise MissingDependency(module, extra, purpose=purpose)

@@ -1,0 +1,279 @@
+"""Job files: a compression written down as TOML, with teacher, data and student named as `module:function` beside it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.errors import BudgetError, DataError, near_names
+from edgekd.options import Options
+from edgekd.records import Budget, Record
+from edgekd.records.model import NonNegative
+from edgekd.toml_file import TomlText, apply_overrides, check_known, load_toml, parse_overrides, to_record
+
+if TYPE_CHECKING:
+    from edgekd.contracts import Callback, StudentSpace, Target
+    from edgekd.pipeline import Result
+    from edgekd.planning import Plan
+    from edgekd.stages import Listener
+
+_PROFILE_TABLES = ("transport", "runtime", "measure")
+"""What `--set` addresses in the target's profile; every other name is one of the job's."""
+
+
+class JobData(Record, tag="edgekd.job_data/1", frozen=True, kw_only=True):
+    """Where the splits come from: `module:function`, or a folder of `.npy` files. `augment` names a function `(x, generator)`."""
+
+    train: str
+    validation: str
+    test: str
+    augment: str = ""
+
+
+class JobStudent(Record, tag="edgekd.job_student/1", frozen=True, kw_only=True):
+    """The space: `factory` with `choices` is a family, `fixed` is one student (`module:function` or an ONNX file).
+
+    `where` names a function that says which choices count, `init` one that copies weights from the teacher.
+    """
+
+    factory: str = ""
+    fixed: str = ""
+    choices: dict[str, tuple[int | float | str | bool, ...]] = {}
+    where: str = ""
+    init: str = ""
+
+
+class JobSpec(Record, tag="edgekd.job/1", frozen=True, kw_only=True):
+    """What a job file may hold. `profile` overrides fields of the target's profile, for example `[profile.runtime]`."""
+
+    teacher: str
+    data: JobData
+    budget: Budget
+    student: JobStudent
+    task: str = "classification"
+    target: str = "local"
+    seed: NonNegative = 0
+    run_dir: str = ""
+    cache_dir: str = ""
+    options: Options = Options()
+    profile: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that was read and checked; nothing of the user's was imported yet. Paths are relative to the file's folder."""
+
+    path: Path
+    spec: JobSpec
+    document: TomlText
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the job file; it stands first on `sys.path` while the job's functions are looked up and run."""
+        return self.path.parent.resolve()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run's outputs go: `run_dir`, else `runs/<name of the job file>` beside it."""
+        return self.folder / (self.spec.run_dir or f"runs/{self.path.stem}")
+
+    @property
+    def target(self) -> str:
+        """The profile's name, or its path made absolute."""
+        name = self.spec.target
+        return str(self.folder / name) if "/" in name or name.endswith(".toml") else name
+
+    def run(self, *, run_dir: Path | None = None, callbacks: Sequence[Callback] = (), listener: Listener | None = None) -> Result:
+        """The result of `edgekd.compress` on this job; a killed run goes on when it is called again.
+
+        Raises:
+            ConfigError: a function cannot be found or imported; the message names the line.
+        """
+        from edgekd.pipeline import compress
+        from edgekd.target import connect
+
+        with self.first_on_path(), connect(self.target, overrides=self.spec.profile) as target:
+            return compress(**self.arguments(target, run_dir), callbacks=callbacks, listener=listener)
+
+    def plan(self, *, run_dir: Path | None = None) -> Plan:
+        """What `run` would do, without doing it: stages, measurements, minutes and disk."""
+        from edgekd.pipeline import plan
+        from edgekd.target import connect
+
+        with self.first_on_path(), connect(self.target, overrides=self.spec.profile) as target:
+            return plan(**self.arguments(target, run_dir))
+
+    def arguments(self, target: Target, run_dir: Path | None = None) -> dict[str, Any]:
+        """The arguments of `edgekd.compress`; call it inside `first_on_path`."""
+        spec = self.spec
+        return {
+            "teacher": self._onnx(spec.teacher) or self._made(("teacher",), spec.teacher),
+            "task": spec.task if ":" not in spec.task else self._made(("task",), spec.task),
+            "train": self._split("train"),
+            "validation": self._split("validation"),
+            "test": self._split("test"),
+            "augment": self._named(("data", "augment"), spec.data.augment) if spec.data.augment else None,
+            "target": target,
+            "budget": spec.budget,
+            "student": self._space(),
+            "run_dir": run_dir or self.run_dir,
+            "cache_dir": self.folder / spec.cache_dir if spec.cache_dir else None,
+            "seed": spec.seed,
+            "options": spec.options,
+        }
+
+    @contextmanager
+    def first_on_path(self) -> Iterator[None]:
+        """The job's folder first on `sys.path`."""
+        entry = str(self.folder)
+        sys.path.insert(0, entry)
+        try:
+            yield
+        finally:
+            sys.path.remove(entry)
+
+    def _space(self) -> StudentSpace:
+        from edgekd.spaces import Family, Fixed
+
+        student = self.spec.student
+        hooks = {name: self._named(("student", name), value) for name in ("where", "init") if (value := getattr(student, name))}
+        if student.fixed:
+            onnx = self._onnx(student.fixed)
+            return Fixed(onnx or self._importable(("student", "fixed"), student.fixed), init=hooks.get("init"))
+        factory = self._importable(("student", "factory"), student.factory)
+        arguments: dict[str, Any] = {name: list(values) for name, values in student.choices.items()}
+        return Family(factory, **(hooks | arguments))
+
+    def _split(self, name: str) -> Any:
+        text = getattr(self.spec.data, name)
+        folder = self.folder / text
+        return load_folder(folder) if folder.is_dir() else self._made(("data", name), text)
+
+    def _onnx(self, text: str) -> Path | None:
+        return self.folder / text if text.endswith(".onnx") else None
+
+    def _made(self, key: tuple[str, ...], text: str) -> Any:
+        """What a function without arguments or a class gives; any other object as it is."""
+        found = self._named(key, text)
+        return found() if inspect.isroutine(found) or inspect.isclass(found) else found
+
+    def _importable(self, key: tuple[str, ...], text: str) -> Callable[..., Any]:
+        """A factory that a bundle can name: it must be importable again from its module."""
+        found: Callable[..., Any] = self._named(key, text)
+        module, name = getattr(found, "__module__", ""), getattr(found, "__qualname__", "")
+        if not callable(found) or module == "__main__" or "<" in name:
+            raise self.document.problem(
+                key,
+                "a student's factory must be importable by name",
+                found=f"{text} is {name or type(found).__name__}",
+                hint="write `def make_net(width): ...`",
+            )
+        return found
+
+    def _named(self, key: tuple[str, ...], text: str) -> Any:
+        """The object called `module:name`, with the job's folder in front."""
+        module_name, colon, name = text.partition(":")
+        if not colon or not module_name or not name or module_name == "__main__":
+            raise self.document.problem(key, "this is not module:function", found=text, allowed="for example model:make_net, or a path")
+        module = self._module(key, module_name)
+        found: Any = module
+        for part in name.split("."):
+            if not hasattr(found, part):
+                names = [other for other in vars(found) if not other.startswith("_")]
+                raise self.document.problem(key, f"{module_name} has no {part!r}", found=text, allowed=near_names(part, names))
+            found = getattr(found, part)
+        return found
+
+    def _module(self, key: tuple[str, ...], name: str) -> Any:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            own = error.name == name or name.startswith(f"{error.name}.")
+            beside = sorted(path.stem for path in self.folder.glob("*.py"))
+            raise self.document.problem(
+                key,
+                f"the module {name!r} {'does not exist' if own else f'needs {error.name!r}, which is not installed'}",
+                found=str(error),
+                allowed=f"{near_names(name, beside)} beside the job file, or an installed module" if own else None,
+                hint=None if own else f"pip install {error.name}",
+            ) from error
+        place, here = Path(getattr(module, "__file__", None) or "."), self.folder / f"{name.replace('.', '/')}.py"
+        if here.is_file() and place.resolve() != here.resolve():
+            raise self.document.problem(
+                key, f"another module called {name!r} is loaded already", found=str(place), allowed=str(here), hint="rename the job's file"
+            )
+        return module
+
+
+def load_job(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Job:
+    """The job in a TOML file, checked but not started.
+
+    `overrides` are `name=value` texts; `runtime.…`, `transport.…` and `measure.…` go to the target's profile, all others
+    to the job: `("options.train.epochs=3", "runtime.threads=2")`.
+
+    Raises:
+        ConfigError: the file is missing or malformed, a key is unknown, a value is of the wrong type; with the line.
+        BudgetError: the budget contradicts itself.
+    """
+    place = Path(path)
+    routed = {".".join((["profile"] if keys[0] in _PROFILE_TABLES else []) + list(keys)): value for keys, value in parse_overrides(overrides).items()}
+    document = apply_overrides(load_toml(place), routed)
+    check_known(document, (), document.data, JobSpec.__struct_fields__)
+    for key in ("teacher", "data", "budget", "student"):
+        if key not in document.data:
+            raise document.problem((), f"{key!r} is missing", allowed=near_names("", ("teacher", "data", "budget", "student")), hint=_EXAMPLES[key])
+    try:
+        to_record(document, Budget, ("budget",))
+    except BudgetError as error:
+        raise BudgetError(
+            f"{document.where(('budget',))}: {error.what}", found=error.found, allowed=error.allowed, hint=error.hint, subject="budget"
+        ) from error
+    spec = to_record(document, JobSpec)
+    if bool(spec.student.factory) == bool(spec.student.fixed):
+        raise document.problem(
+            ("student",), "a student is either a factory with choices, or fixed", found="both" if spec.student.factory else "neither", hint=_EXAMPLES["student"]
+        )
+    if spec.student.factory and not spec.student.choices:
+        raise document.problem(
+            ("student",), "a factory needs choices", hint="add [student.choices] with width = [8, 16], or write fixed = instead of factory ="
+        )
+    return Job(place, spec, document)
+
+
+_EXAMPLES = {
+    "teacher": 'teacher = "model:teacher" or teacher = "teacher.onnx"',
+    "data": '[data] with train, validation and test, for example train = "data:train"',
+    "budget": "[budget] with latency_ms = 0.30",
+    "student": '[student] with factory = "model:make_net" and choices = { width = [8, 16] }, or fixed = "model:net"',
+}
+
+
+def load_folder(folder: Path) -> Any:
+    """The `edgekd.Arrays` in a folder: `targets.npy` (or `targets.NAME.npy`), every other `.npy` is the input of that name.
+
+    Raises:
+        DataError: there are no inputs, or a file is no plain array.
+    """
+    import numpy as np
+
+    from edgekd.data import Arrays
+
+    inputs, targets = {}, {}
+    for path in sorted(folder.glob("*.npy")):
+        try:
+            value = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not a plain array", found=str(error).splitlines()[0], hint="save it with numpy.save", subject=path) from error
+        if path.stem == "targets" or path.stem.startswith("targets."):
+            targets[path.stem.removeprefix("targets").removeprefix(".")] = value
+        else:
+            inputs[path.stem] = value
+    if not inputs:
+        raise DataError("the folder holds no inputs", found=str(folder), allowed="NAME.npy for each input, and targets.npy", subject=folder)
+    return Arrays(inputs, targets.get("", targets or None))
