@@ -188,6 +188,16 @@ def test_selection_goes_on_to_faster_ones_only_after_a_latency_miss() -> None:
     assert by_accuracy.chosen.label == "width=24"
 
 
+def test_selection_stops_where_another_candidate_cannot_help() -> None:
+    ranked = [Candidate(spec=StudentSpec(kind="family", kwargs={"width": width}), capacity=float(width), features={}) for width in (32, 24, 16)]
+    outcomes = {"width=32": Outcome.FAIL, "width=24": Outcome.REFUSE, "width=16": Outcome.PASS}
+    selection = choose_passing(
+        ranked, lambda candidate: verdict_of(outcomes[candidate.label]), attempts=3, go_on=lambda verdict: verdict.outcome is Outcome.FAIL
+    )
+    assert selection.chosen is None
+    assert [attempt.label for attempt in selection.attempts] == ["width=32", "width=24"]
+
+
 def test_selection_notes_a_rejected_candidate_and_tries_the_next() -> None:
     def judge_one(candidate: Candidate) -> Verdict:
         if candidate.label == "width=32":
