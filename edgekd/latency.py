@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.errors import BudgetError, InputError, MeasurementInvalid
-from edgekd.records import Check, Clock, Launch, LaunchProtocol, Measurement, MeasurePlan, Outcome
+from edgekd.records import Check, Clock, Grade, Launch, LaunchProtocol, Measurement, MeasurePlan, Outcome
 from edgekd.stats import CONFIDENCE, Interval, min_samples, percentile_of, serial_mean_bounds, tolerance_factor
 
 CONTENT = 0.90
@@ -63,17 +63,18 @@ def require_samples(protocol: LaunchProtocol, percentile: float) -> None:
         )
 
 
-def latencies_ms(launches: Sequence[Launch], percentile: float, clock: Clock = Clock.END_TO_END) -> NDArray[np.float64]:
+def latencies_ms(launches: Sequence[Launch], percentile: float, clock: Clock = Clock.END_TO_END, *, enough: bool = True) -> NDArray[np.float64]:
     """One latency per launch in milliseconds, `(launches,)`: the percentile of its inferences, or its one first or init time.
 
-    A launch that holds a summary only gives its maximum, which no percentile exceeds.
+    A launch that holds a summary only gives its maximum, which no percentile exceeds. `enough=False` takes launches with fewer inferences
+    than a verdict at this percentile needs, for rough estimates.
 
     Raises:
         InputError: the clock is not recorded, or a launch has fewer inferences than the percentile needs.
     """
     if clock not in (*_PERCENTILE_CLOCKS, Clock.INIT, Clock.FIRST):
         raise InputError(f"launches hold no times of the clock {clock.value!r}", allowed="end_to_end, init, first", subject=clock)
-    needed = min_samples(percentile) if clock in _PERCENTILE_CLOCKS else 1
+    needed = min_samples(percentile) if enough and clock in _PERCENTILE_CLOCKS else 1
     out: list[float] = []
     for launch in launches:
         if clock is Clock.INIT:
@@ -108,14 +109,16 @@ def latencies_ms(launches: Sequence[Launch], percentile: float, clock: Clock = C
 def estimate_latency(measurement: Measurement, percentile: float, clock: Clock = Clock.END_TO_END, confidence: float = 0.975) -> Interval:
     """The geometric mean over the valid launches in milliseconds, with t bounds of the mean log, each one-sided at `confidence`.
 
-    Serves the ledger and the report. One valid launch gives bounds equal to its value.
+    Serves the ledger and the report. One valid launch gives bounds equal to its value. A screen-grade measurement may have fewer
+    inferences a launch than a verdict at this percentile needs; a verdict-grade one may not.
 
     Raises:
         MeasurementInvalid: there is no valid launch.
+        InputError: a verdict-grade launch has fewer inferences than the percentile needs.
     """
     if not measurement.launches:
         raise _nothing_valid(measurement)
-    x = np.log(latencies_ms(measurement.launches, percentile, clock))
+    x = np.log(latencies_ms(measurement.launches, percentile, clock, enough=measurement.grade is Grade.VERDICT))
     if x.size == 1:
         return Interval(*(float(np.exp(x[0])),) * 3)
     return Interval(*(math.exp(value) for value in serial_mean_bounds(x, confidence)))
@@ -151,7 +154,7 @@ def check_latency(measurement: Measurement, limit_ms: float, percentile: float, 
 
     if not measurement.valid or n < 2:
         seen = measurement.launches or measurement.rejected
-        value = float(np.exp(np.log(latencies_ms(seen, percentile, clock)).mean())) if seen else 0.0
+        value = float(np.exp(np.log(latencies_ms(seen, percentile, clock, enough=False)).mean())) if seen else 0.0
         if not measurement.valid:
             return refuse(value, f"invalid measurement: {measurement.reason or 'no reason recorded'}")
         return refuse(value, f"{n} valid launches of {plan.launches}", undecided=plan.max_launches >= 2)

@@ -275,3 +275,11 @@ def test_limit_in_the_wrong_unit_stops_unless_allowed(wrong: float) -> None:
     with pytest.raises(BudgetError, match="milliseconds"):
         resolve_limit_ms(Budget(latency_ms=wrong), teacher)
     assert resolve_limit_ms(Budget(latency_ms=wrong), teacher, allow_extreme=True) == wrong
+
+
+def test_limit_takes_a_short_screen_but_no_short_verdict() -> None:
+    short = measurement([2.0] * 3, count=50)
+    screened = Measurement.from_json(short.to_json().replace(b'"grade":"verdict"', b'"grade":"screen"'))
+    assert resolve_limit_ms(Budget(latency_share=0.5, percentile=90), screened) == pytest.approx(1.0)
+    with pytest.raises(InputError, match="at least 64"):
+        resolve_limit_ms(Budget(latency_share=0.5, percentile=90), short)
