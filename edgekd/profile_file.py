@@ -15,11 +15,11 @@ import msgspec
 import msgspec.inspect as inspect
 
 from edgekd.errors import ProfileError, near_names
+from edgekd.profile_fields import OFF, FieldRow, allowed_text, describe_fields, fits, plain, struct_of
 from edgekd.records import Profile
 from edgekd.toml_text import error_line, line_of
 
-OFF = "off"
-"""The text that sets a field which may be absent (a limit) to nothing; TOML has no null."""
+__all__ = ["FieldRow", "Overrides", "ProfileEntry", "describe_fields", "list_profiles", "load_profile", "override_profile"]
 
 Overrides = Sequence[str] | Mapping[str, Any]
 """`("runtime.threads=2",)`, `{"runtime.threads": 2}` or `{"runtime": {"threads": 2}}`."""
@@ -34,15 +34,6 @@ class ProfileEntry:
     path: str
     profile: Profile | None
     problem: str = ""
-
-
-@dataclass(frozen=True)
-class FieldRow:
-    """A field of a profile: its dotted key, what it takes, and its default as TOML text (empty when it must be given)."""
-
-    key: str
-    allowed: str
-    default: str
 
 
 @dataclass(frozen=True)
@@ -106,23 +97,6 @@ def list_profiles() -> tuple[ProfileEntry, ...]:
     return tuple(rows)
 
 
-def describe_fields() -> tuple[FieldRow, ...]:
-    """Every field that a profile may set, in the order of the records; the README beside the profiles holds the same table."""
-    base = _plain(Profile(name="", description=""))
-    rows: list[FieldRow] = []
-
-    def walk(kind: inspect.StructType, values: Mapping[str, Any], path: tuple[str, ...]) -> None:
-        for item in kind.fields:
-            here = (*path, item.encode_name)
-            if isinstance(item.type, inspect.StructType):
-                walk(item.type, values[item.encode_name], here)
-            else:
-                rows.append(FieldRow(".".join(here), _allowed(item.type), "" if item.required else _toml(values[item.encode_name])))
-
-    walk(_struct(Profile), base, ())
-    return tuple(rows)
-
-
 # ---------------------------------------------------------------------------------------------- finding and reading
 
 
@@ -167,8 +141,8 @@ def _parse(text: str, where: str, stem: str) -> Profile:
     missing = [key for key in ("description",) if key not in data]
     if missing:
         raise ProfileError(f"{where}: the key {missing[0]!r} is missing", allowed="one sentence on the device", hint='add description = "..."', subject=where)
-    values |= _plain(Profile(name=stem, description=""))
-    _overlay(values, data, _struct(Profile), (), origin)
+    values |= plain(Profile(name=stem, description=""))
+    _overlay(values, data, struct_of(Profile), (), origin)
     return _checked(values, origin)
 
 
@@ -190,12 +164,12 @@ def _named(profile: Profile, name: str, origin: _Origin) -> Profile:
 def _apply(profile: Profile, overrides: Overrides) -> Profile:
     if isinstance(overrides, str):
         overrides = (overrides,)
-    values = _plain(profile)
+    values = plain(profile)
     last = _Origin("overrides")
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
             last = _Origin(f"override {key}")
-            _overlay(values, _nested(tuple(key.split(".")), value), _struct(Profile), (), last)
+            _overlay(values, _nested(tuple(key.split(".")), value), struct_of(Profile), (), last)
     else:
         for text in overrides:
             last = _Origin(f"override {text}")
@@ -204,7 +178,7 @@ def _apply(profile: Profile, overrides: Overrides) -> Profile:
             if not equals or not all(path):
                 raise ProfileError(f"{last.name}: this is not a setting", found=text, allowed="key=value, for example runtime.threads=1", subject=text)
             kind = _kind_at(path, last)
-            _overlay(values, _nested(path, _override_value(value_text.strip(), kind)), _struct(Profile), (), last)
+            _overlay(values, _nested(path, _override_value(value_text.strip(), kind)), struct_of(Profile), (), last)
     return _checked(values, last)
 
 
@@ -226,7 +200,7 @@ def _override_value(text: str, kind: inspect.Type) -> Any:
 
 
 def _kind_at(path: tuple[str, ...], origin: _Origin) -> inspect.Type:
-    kind: inspect.Type = _struct(Profile)
+    kind: inspect.Type = struct_of(Profile)
     for depth, part in enumerate(path):
         if isinstance(kind, inspect.StructType):
             fields = {item.encode_name: item.type for item in kind.fields}
@@ -236,29 +210,13 @@ def _kind_at(path: tuple[str, ...], origin: _Origin) -> inspect.Type:
         elif isinstance(kind, inspect.DictType):
             kind = kind.value_type
         else:
-            raise ProfileError(f"{origin.name}: {'.'.join(path[:depth])!r} has no fields", found=".".join(path), allowed=_allowed(kind), subject=".".join(path))
+            raise ProfileError(
+                f"{origin.name}: {'.'.join(path[:depth])!r} has no fields", found=".".join(path), allowed=allowed_text(kind), subject=".".join(path)
+            )
     return kind
 
 
 # ---------------------------------------------------------------------------------------------- checking
-
-
-def _struct(cls: type) -> inspect.StructType:
-    kind = inspect.type_info(cls)
-    if not isinstance(kind, inspect.StructType):
-        raise TypeError(f"{cls} is not a record")
-    return kind
-
-
-def _plain(record: msgspec.Struct) -> dict[str, Any]:
-    """The record as nested dictionaries without type tags."""
-
-    def strip(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: strip(item) for key, item in value.items() if key != "type"}
-        return value
-
-    return {key: strip(value) for key, value in msgspec.to_builtins(record).items() if key != "type"}
 
 
 def _overlay(values: dict[str, Any], given: Mapping[str, Any], kind: inspect.StructType, path: tuple[str, ...], origin: _Origin) -> None:
@@ -275,7 +233,7 @@ def _overlay(values: dict[str, Any], given: Mapping[str, Any], kind: inspect.Str
             _overlay(values[key], value, inner, here, origin)
         elif isinstance(inner, inspect.DictType):
             if not isinstance(value, Mapping):
-                raise _wrong(here, value, _allowed(inner), origin)
+                raise _wrong(here, value, allowed_text(inner), origin)
             for name, entry in value.items():
                 values[key] = values[key] | {name: _value(entry, inner.value_type, (*here, name), origin)}
         else:
@@ -286,38 +244,14 @@ def _value(value: Any, kind: inspect.Type, path: tuple[str, ...], origin: _Origi
     if value == OFF and isinstance(kind, inspect.UnionType) and any(isinstance(item, inspect.NoneType) for item in kind.types):
         return None
     if isinstance(value, float) and not math.isfinite(value):
-        raise _wrong(path, value, f"{_allowed(kind)}, finite", origin)
+        raise _wrong(path, value, f"{allowed_text(kind)}, finite", origin)
     if isinstance(kind, inspect.VarTupleType):
         if not isinstance(value, list | tuple):
-            raise _wrong(path, value, _allowed(kind), origin)
+            raise _wrong(path, value, allowed_text(kind), origin)
         return [_value(item, kind.item_type, path, origin) for item in value]
-    if not _fits(value, kind):
-        raise _wrong(path, value, _allowed(kind, value), origin)
+    if not fits(value, kind):
+        raise _wrong(path, value, allowed_text(kind, value), origin)
     return value.value if isinstance(value, enum.Enum) else value
-
-
-def _fits(value: Any, kind: inspect.Type) -> bool:
-    """Whether a TOML scalar is of this kind and within its bounds; an integer is also a float, a boolean is only a boolean."""
-    if isinstance(kind, inspect.UnionType):
-        return any(_fits(value, item) for item in kind.types)
-    if isinstance(kind, inspect.NoneType):
-        return value is None
-    if isinstance(kind, inspect.BoolType):
-        return isinstance(value, bool)
-    if isinstance(kind, inspect.StrType):
-        return isinstance(value, str) and not isinstance(value, enum.Enum)
-    if isinstance(kind, inspect.EnumType):
-        return value in {item.value for item in kind.cls}
-    if isinstance(kind, inspect.IntType | inspect.FloatType):
-        if isinstance(value, bool) or not isinstance(value, int if isinstance(kind, inspect.IntType) else (int, float)):
-            return False
-        return (
-            (kind.ge is None or value >= kind.ge)
-            and (kind.gt is None or value > kind.gt)
-            and (kind.le is None or value <= kind.le)
-            and (kind.lt is None or value < kind.lt)
-        )
-    raise TypeError(f"a profile has no fields of the kind {kind!r}")
 
 
 def _checked(values: dict[str, Any], origin: _Origin) -> Profile:
@@ -350,33 +284,3 @@ def _unknown(key: str, path: tuple[str, ...], known: Mapping[str, Any], origin: 
 
 def _wrong(path: tuple[str, ...], value: Any, allowed: str, origin: _Origin) -> ProfileError:
     return ProfileError(f"{origin.at(path)}: the value of {'.'.join(path)!r} cannot be used", found=repr(value), allowed=allowed, subject=".".join(path))
-
-
-def _allowed(kind: inspect.Type, value: Any = "") -> str:
-    """What a field takes, in words: `integer > 0`, `one of fp16, fp32, int8`, `number from 0 to 1, or "off"`."""
-    if isinstance(kind, inspect.UnionType):
-        names = [_allowed(item, value) for item in kind.types if not isinstance(item, inspect.NoneType)]
-        return " or ".join(names) + (f', or "{OFF}"' if len(names) < len(kind.types) else "")
-    if isinstance(kind, inspect.IntType | inspect.FloatType):
-        bounds = [f"{sign} {bound:g}" for sign, bound in ((">", kind.gt), (">=", kind.ge), ("<", kind.lt), ("<=", kind.le)) if bound is not None]
-        return " ".join(["integer" if isinstance(kind, inspect.IntType) else "number", " and ".join(bounds)]).strip()
-    if isinstance(kind, inspect.EnumType):
-        return "one of " + near_names(str(value), [str(item.value) for item in kind.cls])
-    if isinstance(kind, inspect.VarTupleType):
-        return f"list of ({_allowed(kind.item_type, value)})"
-    if isinstance(kind, inspect.DictType):
-        return f"table of ({_allowed(kind.value_type, value)})"
-    return {inspect.StrType: "text", inspect.BoolType: "true or false"}[type(kind)]
-
-
-def _toml(value: Any) -> str:
-    """A default as TOML text."""
-    if value is None:
-        return f'"{OFF}"'
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return "{}" if isinstance(value, dict) else repr(value)

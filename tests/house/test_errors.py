@@ -12,7 +12,8 @@ from edgekd.errors import EdgekdError, MissingDependency, near_names
 
 def drawn_tree() -> dict[str, str]:
     """Class to parent, as drawn in the module's docstring."""
-    parents, stack = {}, []
+    parents: dict[str, str] = {}
+    stack: list[str] = []
     for line in (errors.__doc__ or "").splitlines():
         match = re.match(r"^([│├└─ ]*)([A-Z]\w+)(?:\s{2,}(\S.*))?$", line)
         if not match or match[2] not in vars(errors):

@@ -51,7 +51,7 @@ def test_every_name_resolves_to_where_the_table_says(name: str) -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="compres"):
-        _ = edgekd.compres  # type: ignore[attr-defined]
+        _ = edgekd.compres
 
 
 def test_importing_edgekd_loads_nothing_heavy() -> None:

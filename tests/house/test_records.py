@@ -37,9 +37,8 @@ IO = IOSpec(inputs=(SPEC,), outputs=(TensorSpec(name="y", dtype="float32", shape
 
 
 def artifact(**changes: Any) -> Artifact:
-    return Artifact(
-        **({"files": {"m.onnx": "0" * 64}, "entry": "m.onnx", "format": Format.ONNX, "precision": Precision.FP32, "iospec": IO, "size_bytes": 1} | changes)
-    )
+    fields: dict[str, Any] = {"files": {"m.onnx": "0" * 64}, "entry": "m.onnx", "format": Format.ONNX, "precision": Precision.FP32}
+    return Artifact(**(fields | {"iospec": IO, "size_bytes": 1} | changes))
 
 
 # ------------------------------------------------------------------------------------------ all of them

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekd.errors import ProfileError
-from edgekd.profile_file import OFF, describe_fields, list_profiles, load_profile
+from edgekd.profile_fields import OFF, describe_fields
+from edgekd.profile_file import list_profiles, load_profile
 from edgekd.records import MeasureConfig, Precision, Profile
 from edgekd.toml_text import line_of
 

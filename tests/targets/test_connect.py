@@ -90,7 +90,7 @@ def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def calls() -> list[str]:
-    found: list[str] = sys.modules["edgekd_recorder"].CALLS  # type: ignore[attr-defined]
+    found: list[str] = sys.modules["edgekd_recorder"].CALLS
     return found
 
 

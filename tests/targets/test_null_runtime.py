@@ -26,8 +26,8 @@ def make_net(folder: Path, width: int, *, int8: bool = False, size: int = 16, se
     random = np.random.default_rng(seed)
     nodes, initializers = [], []
 
-    def constant(name: str, value: np.ndarray) -> str:
-        initializers.append(numpy_helper.from_array(value, name))
+    def constant(name: str, value: Any) -> str:
+        initializers.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def quantized(name: str) -> str:
@@ -168,7 +168,7 @@ def test_outputs_are_those_of_the_reference_evaluator(tmp_path: Path, batch: int
     net = make_net(tmp_path, 4, batch=batch, int8=int8, size=4)
     x = np.random.default_rng(0).normal(size=(3, 3, 4, 4)).astype(np.float32)
     found = make_runtime().infer(net, {"x": x}, taps=("r1",))
-    reference = ReferenceEvaluator(str(net.entry))
+    reference: Any = ReferenceEvaluator(str(net.entry))
     expected = np.concatenate([reference.run(["y"], {"x": x[index : index + 1]})[0] for index in range(3)])
     assert set(found) == {"y", "r1"}
     assert found["r1"].shape == (3, 4, 4, 4)
