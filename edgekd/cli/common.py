@@ -20,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 _PIPE_WIDTH = 200
+_WIDE = 140
 
 
 def set_option(function: F) -> F:
@@ -111,18 +112,20 @@ def print_verdict(verdict: Verdict) -> None:
 
 
 def print_ledger(ledger: Ledger) -> None:
-    """Every step: decision, before and after, why."""
+    """Every step: decision, before and after, why. A narrow terminal leaves size and precision to the report, and says so."""
     from edgekd.report.words import change_cells
 
-    print_table(
-        "Ledger (before → after)",
-        ("stage", "step", "decision", "latency", "score", "size", "precision", "why"),
-        (
-            (row.stage, row.step + (f" [simulated: {row.simulated}]" if row.simulated else ""), row.decision, *change_cells(row), row.reason)
-            for row in ledger.rows
-        ),
-        numeric=(3, 4, 5),
-    )
+    kinds = {row.simulated for row in ledger.rows}
+    everywhere = kinds.pop() if len(kinds) == 1 else ""
+    narrow = console().width < _WIDE
+    rows = []
+    for row in ledger.rows:
+        step = row.step if row.simulated == everywhere else f"{row.step} [simulated: {row.simulated or 'no'}]"
+        latency, score, size, precision = change_cells(row)
+        rows.append((row.stage, step, row.decision, latency, score, *(() if narrow else (size, precision)), row.reason))
+    title = "Ledger (before → after)" + (f", SIMULATED: {everywhere}" if everywhere else "") + (", size and precision are in the report" if narrow else "")
+    columns = ("stage", "step", "decision", "latency", "score", *(() if narrow else ("size", "precision")), "why")
+    print_table(title, columns, rows, numeric=(3, 4) if narrow else (3, 4, 5))
 
 
 def require(module: str, extra: str, purpose: str) -> None:

@@ -129,7 +129,7 @@ def profile_list(context: click.Context, as_json: bool) -> int:
 @profile.command("fields")
 def profile_fields() -> int:
     """List every field that a profile may set, what it takes, and its default."""
-    from edgekd.profile_file import describe_fields
+    from edgekd.profile_fields import describe_fields
 
     print_table("Fields of a profile", ("field", "takes", "default"), [(row.key, row.allowed, row.default or "(must be given)") for row in describe_fields()])
     return 0
