@@ -107,6 +107,9 @@ class Transport(Protocol):
     def start(self, job: str, argv: Sequence[str]) -> None:
         """Start a detached job that outlives the link. Its standard output goes to a file on the device.
 
+        Its files lie below `jobs/<job>`, among them `owner.json`, which tells who started it; `remove("jobs/<job>")` forgets an
+        ended job and frees its name.
+
         Raises:
             DeviceError: a job of this name exists already.
         """

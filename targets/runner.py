@@ -372,7 +372,6 @@ def take_lock(path: str, wait_s: float) -> tuple[int | None, str]:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 holder = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
-                os.close(handle)
                 return None, holder or "unknown"
             time.sleep(0.05)
             continue

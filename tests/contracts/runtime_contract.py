@@ -71,9 +71,11 @@ class RuntimeContract:
         """The two-headed model in a format that the runtime takes."""
         return two_headed(folder, batch)
 
-    @pytest.fixture
-    def runtime(self, tmp_path: Path) -> Iterator[Runtime]:
-        runtime = self.make(tmp_path)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def runtime(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+        """One opened runtime for all tests of the class."""
+        runtime = cls().make(tmp_path_factory.mktemp("device"))
         runtime.open()
         yield runtime
         runtime.close()

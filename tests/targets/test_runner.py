@@ -1,0 +1,337 @@
+"""The on-device runner alone: what it may import, what it reads off a device, its lock, its launches."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from contracts.runtime_contract import two_headed, two_inputs
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNNER = ROOT / "targets" / "runner.py"
+SUPERVISOR = ROOT / "targets" / "transports" / "_supervise.py"
+WAIT_S = 30.0
+PROTOCOL = {"warmup_min_s": 0.0, "warmup_max_s": 0.0, "warmup_drift": 0.1, "min_samples": 20, "min_time_s": 0.0, "max_time_s": 5.0, "gap_s": 0.0}
+
+X86_VNNI = """processor\t: 0
+vendor_id\t: AuthenticAMD
+model name\t: AMD EPYC 9454P 48-Core Processor
+cpu MHz\t\t: 2745.130
+flags\t\t: fpu vme sse4_2 fma avx f16c avx2 avx512f avx512dq avx512_bf16 avx512_vnni
+vmx flags\t: vnmi preemption_timer
+
+processor\t: 1
+model name\t: AMD EPYC 9454P 48-Core Processor
+cpu MHz\t\t: 3801.002
+flags\t\t: fpu vme sse4_2 fma avx f16c avx2 avx512f avx512dq avx512_bf16 avx512_vnni
+"""
+X86_HYBRID = """processor\t: 0
+model name\t: 12th Gen Intel(R) Core(TM) i7-1260P
+flags\t\t: fpu avx avx2 fma avx_vnni avx512f
+
+processor\t: 1
+model name\t: 12th Gen Intel(R) Core(TM) i7-1260P
+flags\t\t: fpu avx avx2 fma avx_vnni
+"""
+ARM_PI5 = """processor\t: 0
+BogoMIPS\t: 108.00
+Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
+CPU part\t: 0xd0b
+CPU revision\t: 1
+
+Revision\t: d04170
+Model\t\t: Raspberry Pi 5 Model B Rev 1.0
+"""
+ARM_BIG_LITTLE = """processor\t: 0
+Features\t: fp asimd evtstrm
+CPU implementer\t: 0x41
+CPU part\t: 0xd03
+
+processor\t: 4
+Features\t: fp asimd evtstrm asimddp i8mm
+CPU implementer\t: 0x41
+CPU part\t: 0xd41
+
+processor\t: 5
+Features\t: fp asimd evtstrm asimddp i8mm
+CPU implementer\t: 0x99
+CPU part\t: 0x7
+"""
+STAT = """cpu  7193 10 2738 228525 244 5 36 111 50 0
+cpu0 702 0 696 117902 21 0 4 2 0 0
+intr 12345 0 9
+"""
+
+
+@pytest.fixture(scope="module")
+def runner() -> dict[str, Any]:
+    return runpy.run_path(str(RUNNER), run_name="runner")
+
+
+def benchmark_job(tmp_path: Path, launches: int, **changes: Any) -> list[str]:
+    """The command line of a benchmark of the two-headed model, without any transport."""
+    model = two_headed(tmp_path / "model")
+    paths = {}
+    for name, value in two_inputs(3).items():
+        paths[name] = str(tmp_path / f"{name}.npy")
+        np.save(paths[name], value, allow_pickle=False)
+    job = {
+        "kind": "benchmark", "backend": "onnxruntime", "threads": 1, "options": {}, "protocol": PROTOCOL, "lock": str(tmp_path / "lock"), "lock_wait_s": 0.0,
+        "launch_limit_s": 30.0, "first_index": 0, "schedule": ["x"] * launches, "models": {"x": {"model": str(model.entry), "inputs": paths}},
+    }  # fmt: skip
+    folder = tmp_path / f"job{len(list(tmp_path.glob('job*')))}"
+    folder.mkdir()
+    (folder / "job.json").write_text(json.dumps({**job, **changes}))
+    return [sys.executable, str(RUNNER), str(folder / "job.json")]
+
+
+def lines_of(words: list[str]) -> list[dict[str, Any]]:
+    done = subprocess.run(words, capture_output=True, timeout=WAIT_S, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+# ---- what it is
+
+
+@pytest.mark.parametrize("path", [RUNNER, SUPERVISOR])
+def test_shipped_program_is_python_3_8_and_imports_standard_library_only(path: Path) -> None:
+    tree = ast.parse(path.read_text(), feature_version=(3, 8))
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    assert names <= set(sys.stdlib_module_names)
+    assert "edgekd" not in path.read_text().replace("of edgekd", "").replace('"edgekd-device.lock"', "")
+
+
+def test_nothing_imports_runner() -> None:
+    for path in [*ROOT.glob("edgekd/**/*.py"), *ROOT.glob("targets/**/*.py"), *ROOT.glob("converters/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                imported = [node.module or "", *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            else:
+                continue
+            assert not any(name.rpartition(".")[2] == "runner" for name in imported), path
+
+
+def test_runner_speaks_under_python_3_8_without_any_package(tmp_path: Path) -> None:
+    candidates = [shutil.which("python3.8"), *map(str, Path.home().glob(".pyenv/versions/3.8.*/bin/python"))]
+    for python in [candidate for candidate in candidates if candidate]:
+        if subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info[:2] != (3, 8))"], capture_output=True, check=False).returncode == 0:
+            break
+    else:
+        pytest.skip("no Python 3.8 on this machine")
+    (tmp_path / "job.json").write_text(json.dumps({"kind": "snapshot"}))
+    assert [line["kind"] for line in lines_of([python, "-I", str(RUNNER), str(tmp_path / "job.json")])] == ["snapshot", "done"]
+    (tmp_path / "job.json").write_text(json.dumps({"kind": "probe", "tidy": {}, "backend": "onnxruntime", "threads": 1, "options": {}}))
+    refused = lines_of([python, "-I", "-S", str(RUNNER), str(tmp_path / "job.json")])[-1]
+    assert (refused["kind"], refused["phase"]) == ("error", "missing")
+    assert b"3.8" in subprocess.run([refused["python"], "--version"], capture_output=True, check=True).stdout
+
+
+# ---- what it reads off a device
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "isa"),
+    [
+        (X86_VNNI, "AMD EPYC 9454P 48-Core Processor", "avx avx2 avx512 avx512_bf16 f16c fma vnni"),
+        (X86_HYBRID, "12th Gen Intel(R) Core(TM) i7-1260P", "avx avx2 avx_vnni fma"),
+        (ARM_PI5, "Cortex-A76", "dotprod fp16 neon"),
+        (ARM_BIG_LITTLE, "Arm implementer 0x99 part 0x7 + Cortex-A53 + Cortex-A78", "neon"),
+        ("CPU implementer : junk\nCPU part : 0xd0b\n", "Arm implementer junk part 0xd0b", ""),
+        ("Hardware\t: BCM2835\n", "BCM2835", ""),
+        ("", "unknown", ""),
+    ],
+)
+def test_cpuinfo_gives_model_and_common_instruction_sets(runner: dict[str, Any], text: str, model: str, isa: str) -> None:
+    assert runner["cpu_model"](text) == model
+    assert runner["isa_text"](text) == isa
+
+
+def test_cpuinfo_gives_largest_clock_or_nothing(runner: dict[str, Any]) -> None:
+    assert runner["cpuinfo_mhz"](X86_VNNI) == 3801.002
+    assert runner["cpuinfo_mhz"](ARM_PI5) is None
+
+
+def test_stat_gives_stolen_share_between_two_readings(runner: dict[str, Any]) -> None:
+    before = runner["stat_ticks"](STAT)
+    assert before == (111, 7193 + 10 + 2738 + 228525 + 244 + 5 + 36 + 111)
+    after = runner["stat_ticks"](STAT.replace(" 7193 ", " 7268 ").replace(" 111 ", " 136 "))
+    assert runner["steal_share"](before, after) == pytest.approx(0.25)
+    assert runner["steal_share"](before, before) is None
+    assert runner["stat_ticks"]("cpu  1 2 3 4\n") is None
+    assert runner["stat_ticks"]("") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "celsius"), [("45500\n", 45.5), ("45\n", 45.0), ("-256000", None), ("0", None), ("130000", None), ("127500", 127.5), ("", None), ("n/a", None)]
+)
+def test_thermal_zone_ignores_what_no_working_sensor_says(runner: dict[str, Any], text: str, celsius: float | None) -> None:
+    assert runner["zone_celsius"](text) == celsius
+
+
+def test_memory_and_system_are_read_with_their_units(runner: dict[str, Any]) -> None:
+    assert runner["memory_bytes"]("MemTotal:       1000 kB\nMemAvailable:    500 kB\n", "MemAvailable") == 512_000
+    assert runner["memory_bytes"]("VmHWM:\t     2 kB\n", "VmHWM") == 2048
+    assert runner["memory_bytes"]("", "MemTotal") is None
+    assert runner["os_name"]('NAME="x"\nPRETTY_NAME="Ubuntu 22.04.4 LTS"\n') == "Ubuntu 22.04.4 LTS"
+
+
+@pytest.mark.parametrize(
+    ("message", "operator"),
+    [
+        ("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for Conv(11) node with name 'c1'", "Conv"),
+        ("[ONNXRuntimeError] : 1 : FAIL : Fatal error: made.up:Wobble(-1) is not a registered function/op", "Wobble"),
+        ("No Op registered for Gelu2 with domain_version of 18", "Gelu2"),
+        ("Protobuf parsing failed.", ""),
+    ],
+)
+def test_message_of_runtime_gives_operator(runner: dict[str, Any], message: str, operator: str) -> None:
+    assert runner["failing_operator"](message) == operator
+
+
+def test_op_table_takes_median_of_last_runs_in_order(runner: dict[str, Any]) -> None:
+    def event(name: str, duration: int, cat: str = "Node") -> dict[str, Any]:
+        return {"cat": cat, "name": name, "dur": duration, "args": {"op_name": name[:4], "provider": "P", "node_index": "1"}}
+
+    events = [event("Conv_kernel_time", 900), event("Relu_kernel_time", 80), event("Conv_fence_before", 5), event("model_run", 7, "Session")]
+    events += [event("Conv_kernel_time", 30), event("Relu_kernel_time", 1), event("Conv_kernel_time", 40), event("Relu_kernel_time", 3)]
+    events += [event("Conv_kernel_time", 50), event("Relu_kernel_time", 2)]
+    assert runner["op_table"](events, 3) == [
+        {"name": "Conv", "op_type": "Conv", "provider": "P", "time_ns": 40_000},
+        {"name": "Relu", "op_type": "Relu", "provider": "P", "time_ns": 2_000},
+    ]
+
+
+def test_feeds_have_batch_one_or_the_fixed_batch(runner: dict[str, Any]) -> None:
+    data = {"x": np.arange(5 * 2).reshape(5, 2)}
+    feeds, batch, samples = runner["make_feeds"]([("x", ["batch", 2])], data)
+    assert (len(feeds), batch, samples) == (5, 1, 5)
+    assert feeds[3]["x"].tolist() == [[6, 7]]
+    feeds, batch, samples = runner["make_feeds"]([("x", [2, 2])], data)
+    assert (len(feeds), batch, samples) == (3, 2, 5)
+    assert feeds[2]["x"].tolist() == [[8, 9], [8, 9]]
+    feeds, _, _ = runner["make_feeds"]([("x", [2])], data)
+    assert feeds[4]["x"].tolist() == [8, 9]
+
+
+@pytest.mark.parametrize(
+    ("windows", "limit", "runs"), [([100] * 5, 0.05, 15), ([200, 150, 100, 100, 100, 100, 100], 0.05, 21), ([100, 104, 100, 104, 100], 0.05, 15)]
+)
+def test_warm_up_stops_when_medians_of_five_windows_agree(runner: dict[str, Any], windows: list[int], limit: float, runs: int) -> None:
+    def step(index: int) -> int:
+        return windows[min(index // 3, len(windows) - 1)]
+
+    done, _, drift = runner["warm_up"](step, {"warmup_min_s": 0.0, "warmup_max_s": 30.0, "warmup_drift": limit})
+    assert done == runs
+    assert drift < limit
+
+
+def test_warm_up_ends_at_its_longest_and_says_what_it_reached(runner: dict[str, Any]) -> None:
+    done, seconds, drift = runner["warm_up"](lambda index: 100 + 100 * (index // 3 % 2), {"warmup_min_s": 0.0, "warmup_max_s": 0.02, "warmup_drift": 0.01})
+    assert done >= 15
+    assert seconds >= 0.02
+    assert drift == 1.0
+    assert runner["warm_up"](lambda index: 1, {"warmup_min_s": 1.0, "warmup_max_s": 0.0, "warmup_drift": 0.01})[::2] == (0, None)
+
+
+def test_tidy_removes_what_was_used_longest_ago(runner: dict[str, Any], tmp_path: Path) -> None:
+    for age_days, name in enumerate(["today", "yesterday", "older", "oldest"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.onnx").write_bytes(bytes(1_000_000))
+        used = time.time() - age_days * 2 * 86400
+        os.utime(tmp_path / name, (used, used))
+    runner["tidy"](str(tmp_path), 3.2)
+    assert {path.name for path in tmp_path.iterdir()} == {"today", "yesterday", "older"}
+    runner["tidy"](str(tmp_path), 0.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"today"}
+
+
+# ---- its lock and its launches
+
+
+def test_lock_excludes_second_benchmark_and_names_holder(tmp_path: Path) -> None:
+    slow = {**PROTOCOL, "min_time_s": 20.0, "max_time_s": 20.0}
+    with subprocess.Popen(benchmark_job(tmp_path, 1, protocol=slow), stdout=subprocess.DEVNULL, start_new_session=True) as holder:
+        deadline = time.monotonic() + WAIT_S
+        while not ((tmp_path / "lock").exists() and (tmp_path / "lock").read_text().strip()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert lines_of(benchmark_job(tmp_path, 1)) == [{"kind": "busy", "holder": str(holder.pid)}]
+        os.killpg(holder.pid, signal.SIGKILL)
+    assert [line["kind"] for line in lines_of(benchmark_job(tmp_path, 1, lock_wait_s=10.0))] == ["launch", "done"]
+
+
+def test_lock_is_held_by_launch_whose_parent_died(tmp_path: Path) -> None:
+    slow = {**PROTOCOL, "min_time_s": 20.0, "max_time_s": 20.0}
+    with subprocess.Popen(benchmark_job(tmp_path, 1, protocol=slow), stdout=subprocess.DEVNULL, start_new_session=True) as parent:
+        child = child_of(parent.pid)
+        parent.kill()
+    assert lines_of(benchmark_job(tmp_path, 1))[0]["kind"] == "busy"
+    os.kill(child, signal.SIGKILL)
+
+
+def test_lock_is_open_to_other_users_and_follows_no_link(runner: dict[str, Any], tmp_path: Path) -> None:
+    handle, _ = runner["take_lock"](str(tmp_path / "lock"), 0.0)
+    assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o666
+    os.close(handle)
+    (tmp_path / "target").write_text("keep")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(OSError, match="link"):
+        runner["take_lock"](str(tmp_path / "link"), 0.0)
+    assert (tmp_path / "target").read_text() == "keep"
+
+
+def child_of(pid: int) -> int:
+    """The first child of a process, once it has one."""
+    deadline = time.monotonic() + WAIT_S
+    while not (words := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return int(words[0])
+
+
+def test_launch_that_dies_gives_error_line_after_those_that_lived(tmp_path: Path) -> None:
+    slow = {**PROTOCOL, "min_time_s": 20.0, "max_time_s": 20.0}
+    with subprocess.Popen(benchmark_job(tmp_path, 3, protocol=slow), stdout=subprocess.PIPE, start_new_session=True) as process:
+        os.kill(child_of(process.pid), signal.SIGKILL)
+        out, _ = process.communicate(timeout=WAIT_S)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["kind"], line["phase"], line["label"], line["index"]) for line in lines] == [("error", "launch", "x", 0)]
+    assert "-9" in lines[0]["message"]
+
+
+def test_launch_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
+    slow = {**PROTOCOL, "min_time_s": 20.0, "max_time_s": 20.0}
+    line = lines_of(benchmark_job(tmp_path, 1, protocol=slow, launch_limit_s=1.0))[0]
+    assert (line["kind"], line["phase"]) == ("error", "launch")
+    assert "limit" in line["stderr"]
+
+
+def test_launches_are_fresh_processes_with_raw_samples(tmp_path: Path) -> None:
+    lines = lines_of(benchmark_job(tmp_path, 2, first_index=7))
+    assert [line["kind"] for line in lines] == ["launch", "launch", "done"]
+    for offset, line in enumerate(lines[:2]):
+        assert line["launch"]["index"] == 7 + offset
+        assert len(line["launch"]["samples_ns"]) == PROTOCOL["min_samples"]
+        assert all(isinstance(sample, int) for sample in line["launch"]["samples_ns"])
+    assert lines[0]["launch"]["init_ns"] != lines[1]["launch"]["init_ns"]
