@@ -10,8 +10,9 @@ from edgekd.errors import ConfigError, ModelError, near_names
 DEFAULT_TEMPERATURE = {"kd": 4.0, "lskd": 2.0, "mse": 1.0}
 """Temperatures of the reference codes for CIFAR-sized problems: KD of mdistiller, LSKD of logit-standardization-KD."""
 
-DEFAULT_WEIGHTS = {"kd": (0.1, 0.9), "lskd": (0.1, 9.0), "mse": (1.0, 1.0), "none": (1.0, 0.0)}
-"""Weights of (task loss, soft-target loss) per kind, from the same codes; for `mse` the plain sum of both."""
+DEFAULT_WEIGHTS = {"kd": (0.1, 0.9), "lskd": (0.1, 9.0), "mse": (1.0, 1.0), "auto": (1.0, 1.0), "none": (1.0, 0.0)}
+"""Weights of (task loss, soft-target loss) per kind, from the same codes; for `mse`, and for several outputs that want different
+losses (`auto`), the plain sum of both."""
 
 FEATURE_WEIGHTS = {"hint": 100.0, "attention": 1000.0}
 """Weights of feature losses, from RepDistiller and mdistiller."""

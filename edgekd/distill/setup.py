@@ -25,7 +25,7 @@ def default_kind(task: Task, outputs: Mapping[str, Tensor]) -> str:
     """What `loss="auto"` means for a task: LSKD above four classes, KD up to four, MSE for regression.
 
     A `MultiTask` whose parts want different losses, or another project's task, gets `auto`: each output decides for itself, and
-    the weights are those of KD.
+    the weights are 1 and 1.
     """
     if isinstance(task, Regression):
         return "mse"
@@ -53,7 +53,7 @@ def resolve_objective(options: TrainOptions, task: Task, outputs: Mapping[str, T
         kind = default_kind(task, outputs)
     else:
         kind = "mse" if isinstance(task, Regression) else options.loss
-    default_task, default_soft = DEFAULT_WEIGHTS["kd" if kind == "auto" else kind]
+    default_task, default_soft = DEFAULT_WEIGHTS[kind]
     weight_task = default_task if options.weight_task is None else options.weight_task
     weight_soft = default_soft if options.weight_soft is None or kind == "none" else options.weight_soft
     if weight_task == 0.0 and weight_soft == 0.0 and not options.features:
@@ -71,10 +71,13 @@ def first_batch(train: Split, batch_size: int, student: nn.Module) -> Batch:
         batch = train.batch(list(range(min(batch_size, len(train)))), 0 if train.augmented else None)
     else:
         batch = next(iter(train.stream(0)))
-    if len(batch) < 2 and has_batch_norm(student) and (train.indexed or batch_size == 1):
-        raise DataError("batch norm cannot be trained on one item at a time", found=f"{len(batch)} item", hint="give more items, or batches of two or more")
-    if train.indexed and batch_size == 1 and has_batch_norm(student):
-        raise DataError("batch norm cannot be trained on one item at a time", found="batch_size=1", hint="set TrainOptions(batch_size=2) or more")
+    if train.indexed and len(batch) < 2 and has_batch_norm(student):
+        raise DataError(
+            "batch norm cannot be trained on one item at a time",
+            found=f"{len(train)} items, batch_size={batch_size}",
+            hint="give two items or more, and set TrainOptions(batch_size=2) or more",
+            subject=train.name,
+        )
     return batch
 
 

@@ -88,7 +88,7 @@ def trained_teacher(width: int = 48) -> Teacher:
     optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     for _ in range(40):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(module(torch.from_numpy(values)), torch.from_numpy(labels)).backward()
+        torch.nn.functional.cross_entropy(module(torch.from_numpy(values)), torch.from_numpy(labels)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return as_teacher(module.eval())
 
