@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Infer, Tensors
 from edgekd.errors import ModelError
-from edgekd.onnx_io import float_tensors, load_model, nodes_of
+from edgekd.onnx_io import Node, float_tensors, load_model, nodes_of
 from edgekd.parity import Tolerance, compare_tensors, tolerance_for
 from edgekd.quantize.calibrate import plan_taps
 from edgekd.records import Format, Precision, TensorParity
@@ -40,6 +40,15 @@ def shared_tensors(reference: StoredArtifact, other: StoredArtifact) -> dict[str
     return {name: sizes.get(name, -1) for node in nodes_of(model) for name in node.outputs if name in there and (name in sizes or not sizes)}
 
 
+def _dequantized(nodes: tuple[Node, ...]) -> dict[str, str]:
+    """Tensor -> the one that its consumers see after a QuantizeLinear/DequantizeLinear pair.
+
+    A quantizer drops a ReLU whose clipping the pair does; only behind the pair is the tensor what its name says.
+    """
+    quantized = {node.outputs[0]: node.inputs[0] for node in nodes if node.op_type == "QuantizeLinear"}
+    return {quantized[node.inputs[0]]: node.outputs[0] for node in nodes if node.op_type == "DequantizeLinear" and node.inputs[0] in quantized}
+
+
 def bisect(
     reference: StoredArtifact,
     other: StoredArtifact,
@@ -54,7 +63,7 @@ def bisect(
 
     Both models run on all `inputs` with the tensors they share tapped, in groups that fit `memory_mb`; `other_infer` runs the other
     model elsewhere, for the hop to a device. The tolerance is `tolerance_for(precision, depth of the tensor)`; the precision is the
-    other model's unless given. A quantized graph shares the tensors that its quantizer did not rename.
+    other model's unless given. In a quantized graph a tensor is what its consumers see, behind its Q/DQ pair.
 
     Raises:
         ModelError: one of them is no ONNX file, or they share no tensor.
@@ -73,14 +82,15 @@ def bisect(
     bytes_each = {name: 2 * 4 * samples * (size if size >= 0 else largest) for name, size in sizes.items()}
     kind = precision or other.record.precision
     outputs = {tensor.name for tensor in reference.record.iospec.outputs}
+    behind = _dequantized(nodes_of(load_model(other.entry)))
     position = 0
     for group, _ in plan_taps(bytes_each, samples, memory_mb * 1_000_000):
-        taps = [name for name in group if name not in outputs]
-        expected = infer(reference, inputs, taps)
-        found = (other_infer or infer)(other, inputs, taps)
+        expected = infer(reference, inputs, [name for name in group if name not in outputs])
+        there = {name: behind.get(name, name) for name in group}
+        found = (other_infer or infer)(other, inputs, [name for name in there.values() if name not in outputs])
         for name in group:
             limit: Tolerance = tolerance_for(kind, depth[name])
-            row = compare_tensors(name, expected[name], found[name], limit)
+            row = compare_tensors(name, expected[name], found[there[name]], limit)
             if not row.passed:
                 node = maker[name]
                 return Divergence(name, node.name, node.op_type, position, len(sizes), row)

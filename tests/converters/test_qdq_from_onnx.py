@@ -193,7 +193,8 @@ source, folder = map(pathlib.Path, sys.argv[1:])
 inputs = {"image": numpy.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype("float32")}
 model = import_onnx(source, folder / "in")
 calibration = calibration_set(inputs, split="train")
-request = ConvertRequest(source=model, folder=folder, iospec=model.record.iospec, example=inputs, recipe=make_recipe("u8s8", "entropy", calibration), calibration=calibration)
+recipe = make_recipe("u8s8", "entropy", calibration)
+request = ConvertRequest(source=model, folder=folder, iospec=model.record.iospec, example=inputs, recipe=recipe, calibration=calibration)
 print(load("converters", "qdq-from-onnx")().convert(request).record.files["model.onnx"])
 """
 
