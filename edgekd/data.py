@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from edgekd.contracts import Array, Task
 from edgekd.errors import DataError
-from edgekd.keys import array_hash, source_hash
+from edgekd.keys import array_hash
+from edgekd.provenance import code_hash
 from edgekd.tree import to_numpy
 
 Augment = Callable[[Any, np.random.Generator], Any]
@@ -160,7 +161,7 @@ class Split:
         """What identifies the data in stage keys: the length and 64 seeded items before augmentation, or the user's revision."""
         if self.revision:
             return f"revision:{self.revision}"
-        code = source_hash(self.augment) if self.augment else ""
+        code = code_hash(self.augment) if self.augment else ""
         if not self.indexed:
             batch = next(self.stream(0))
             return array_hash({f"stream {name}": value for name, value in batch.inputs.items()}) + code[:16]

@@ -48,6 +48,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             with os.fdopen(handle, "wb") as stream:
                 stream.write(data)
                 stream.flush()
+                os.fchmod(stream.fileno(), 0o644)
                 os.fsync(stream.fileno())
             os.replace(name, path)
         except BaseException:
@@ -123,3 +124,19 @@ def copy_file(source: Path, destination: Path) -> None:
         shutil.copyfile(source, destination)
     except OSError as error:
         raise _storage_error(destination, error) from error
+
+
+def link_folder(source: Path, destination: Path) -> None:
+    """Give `destination` the files of `source` as hard links (both on one file system); an existing folder is replaced whole.
+
+    Raises:
+        StorageError: the destination is not writable.
+    """
+    with folder_atomic(destination) as work:
+        for path in sorted(source.rglob("*")):
+            place = work / path.relative_to(source)
+            if path.is_dir():
+                place.mkdir(parents=True, exist_ok=True)
+            else:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, place)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.contracts import Array, Teacher, Tensors
 from edgekd.errors import MissingDependency, ModelError
-from edgekd.keys import source_hash, state_hash
+from edgekd.provenance import architecture_hash, code_hash
 from edgekd.storage import sha256_file
 from edgekd.tree import flatten_outputs, to_numpy
 
@@ -74,7 +74,7 @@ class TorchTeacher:
         return _joined(parts)
 
     def weights_hash(self) -> str:
-        return state_hash(self._module)
+        return architecture_hash(self._module)
 
 
 class OnnxTeacher:
@@ -136,7 +136,7 @@ class CallableTeacher:
         return _joined([{name: to_numpy(value) for name, value in flatten_outputs(self._function(chunk)).items()} for chunk in _chunks(inputs)])
 
     def weights_hash(self) -> str:
-        return source_hash(self._function)
+        return code_hash(self._function)
 
 
 def as_teacher(teacher: Any) -> Teacher:

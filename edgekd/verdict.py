@@ -39,6 +39,7 @@ __all__ = [
     "check_ceiling",
     "check_floor",
     "check_latency",
+    "check_plausible",
     "combine",
     "estimate_latency",
     "is_undecided",
@@ -249,13 +250,22 @@ def resolve_limit_ms(budget: Budget, teacher_measurement: Measurement | None = N
         return budget.latency_ms  # the plausibility of an absolute limit cannot be checked; the verdict refuses on its own
     teacher_ms = estimate_latency(teacher_measurement, budget.percentile, budget.clock).value
     limit = budget.latency_ms if budget.latency_ms is not None else budget.latency_share * teacher_ms  # type: ignore[operator]
-    if not allow_extreme and not teacher_ms / 100.0 <= limit <= teacher_ms * (1.0 + ROUNDING):
-        above = limit > teacher_ms
+    check_plausible(limit, teacher_ms, budget.percentile, allow_extreme=allow_extreme)
+    return limit
+
+
+def check_plausible(limit_ms: float, teacher_ms: float, percentile: float, *, allow_extreme: bool) -> None:
+    """Refuse a limit that points to a wrong unit: above the teacher's latency, or below a hundredth of it.
+
+    Raises:
+        BudgetError: so it is, and `allow_extreme` is false.
+    """
+    if not allow_extreme and not teacher_ms / 100.0 <= limit_ms <= teacher_ms * (1.0 + ROUNDING):
+        above = limit_ms > teacher_ms
         raise BudgetError(
             f"the latency limit is {'above the teacher own latency' if above else 'below a hundredth of the teacher latency'}",
-            found=f"limit {limit:.4g} ms, teacher {teacher_ms:.4g} ms at p{budget.percentile:g}",
+            found=f"limit {limit_ms:.4g} ms, teacher {teacher_ms:.4g} ms at p{percentile:g}",
             allowed=f"{teacher_ms / 100.0:.4g} to {teacher_ms:.4g} ms",
             hint="latencies are in milliseconds (0.3 ms, not 300 us or 0.0003 s); allow_extreme=True accepts it as it is",
             subject="latency_ms",
         )
-    return limit

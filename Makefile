@@ -1,0 +1,41 @@
+# Two commands do everything: `make demo` and `make test`. Both make the environment in .venv first.
+# On a machine without an NVIDIA GPU, `make demo UV=1` installs with uv, which takes torch's CPU wheels.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+EXTRAS := x86,distill,demo,dev
+STAMP := $(VENV)/.edgekd-installed
+CHECKED := edgekd targets converters profiles tests benchmarks examples
+
+.PHONY: demo test check format env clean
+
+env: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "edgekd needs Python 3.11 or newer, this is %s; next step: make PYTHON=python3.11" % sys.version.split()[0])'
+	@start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV) && \
+	if [ -n "$(UV)" ]; then \
+		$(RUN) -m pip install --quiet --disable-pip-version-check uv && \
+		$(VENV)/bin/uv pip install --quiet --python $(RUN) --torch-backend=cpu -c constraints.txt setuptools -e ".[$(EXTRAS)]"; \
+	else \
+		$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 "setuptools>=77" -e ".[$(EXTRAS)]"; \
+	fi && touch $@ && echo "environment: $$(( $$(date +%s) - start )) s"
+
+demo: $(STAMP)
+	$(VENV)/bin/edgekd demo --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(STAMP)
+	$(RUN) -m pytest
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check $(CHECKED)
+	$(VENV)/bin/ruff format --check $(CHECKED)
+	$(VENV)/bin/mypy
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix $(CHECKED)
+	$(VENV)/bin/ruff format $(CHECKED)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

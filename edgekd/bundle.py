@@ -1,0 +1,195 @@
+"""The deliverable: artifact, manifest, ledger, evaluation data and report in one folder, every file hashed."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import Array, Tensors
+from edgekd.errors import BundleError
+from edgekd.records import Manifest, Record
+from edgekd.storage import copy_file, sha256_file, write_atomic
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("edgekd", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "lightning-fabric", "scipy", "safetensors")
+
+
+class EvaluationIndex(Record, tag="edgekd.evaluation/1", frozen=True, kw_only=True):
+    """Which `.npy` file holds which array: inputs, targets (`""` if there is one unnamed target) and the teacher's outputs."""
+
+    items: int
+    inputs: dict[str, str]
+    targets: dict[str, str]
+    teacher: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The test split with the teacher's outputs on it; arrays are `(items, ...)`."""
+
+    inputs: dict[str, Array]
+    targets: Any
+    teacher: dict[str, Array]
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that take part, where they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def utc_now() -> str:
+    """The date and time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def save_evaluation(folder: Path, inputs: Tensors, targets: Any, teacher: Tensors) -> int:
+    """Write evaluation data as plain `.npy` files with an index; gives the number of bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named_targets: Mapping[str, Array] = targets if isinstance(targets, Mapping) else {"": targets}
+    files: dict[str, dict[str, str]] = {}
+    size = 0
+    for group, arrays in (("inputs", inputs), ("targets", named_targets), ("teacher", teacher)):
+        files[group] = {}
+        for position, (name, value) in enumerate(arrays.items()):
+            path = folder / f"{group}-{position:03d}.npy"
+            np.save(path, np.ascontiguousarray(value), allow_pickle=False)
+            files[group][name] = path.name
+            size += path.stat().st_size
+    items = len(next(iter(inputs.values())))
+    EvaluationIndex(items=items, inputs=files["inputs"], targets=files["targets"], teacher=files["teacher"]).save(folder / "index.json")
+    return size
+
+
+def load_evaluation(folder: Path) -> Evaluation:
+    """The evaluation data in `folder`.
+
+    Raises:
+        BundleError: a file is missing or is not a plain array.
+    """
+    index = EvaluationIndex.load(folder / "index.json")
+
+    def read(files: Mapping[str, str]) -> dict[str, Array]:
+        out = {}
+        for name, file in files.items():
+            try:
+                out[name] = np.load(folder / Path(file).name, allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise BundleError(
+                    f"the evaluation array {file} cannot be read", found=str(error).splitlines()[0], hint="restore the bundle", subject=file
+                ) from error
+        return out
+
+    targets = read(index.targets)
+    return Evaluation(read(index.inputs), targets.get("", targets), read(index.teacher))
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest over all files that lie in `folder`; gives it with their hashes."""
+    import msgspec
+
+    files = {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST}
+    sealed = msgspec.structs.replace(manifest, files=files)
+    sealed.save(folder / MANIFEST)
+    return sealed
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose files were compared with their hashes."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def artifact(self) -> StoredArtifact:
+        """What runs on the device."""
+        return StoredArtifact(self.manifest.artifact, self.folder / "artifact")
+
+    def evaluation(self, data: Path | None = None) -> Evaluation:
+        """The evaluation data, from the bundle or from `data` where the bundle was capped.
+
+        Raises:
+            BundleError: the bundle has none and no folder was given.
+        """
+        if data is not None:
+            return load_evaluation(data)
+        if self.manifest.data_capped:
+            raise BundleError(
+                "the bundle holds no evaluation data: they were over the cap",
+                found=str(self.folder),
+                hint="give the folder with them: --data RUN/evaluation",
+                subject=self.folder,
+            )
+        return load_evaluation(self.folder / "evaluation")
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """The bundle in `folder`, after comparing every file with the manifest.
+
+    Raises:
+        BundleError: it is no bundle, a file is missing, was changed, or is not in the manifest.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(
+            "this folder is not a bundle",
+            found=str(folder),
+            allowed=f"a folder with {MANIFEST}",
+            hint="give the bundle folder that a run printed",
+            subject=folder,
+        )
+    manifest = Manifest.load(folder / MANIFEST)
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST}
+    missing = sorted(set(manifest.files) - present)
+    extra = sorted(present - set(manifest.files))
+    if missing or extra:
+        raise BundleError(
+            "the bundle's files are not those of its manifest",
+            found=f"missing {missing or 'none'}, unknown {extra or 'none'}",
+            hint="restore the bundle",
+            subject=folder,
+        )
+    for name, expected in manifest.files.items():
+        if sha256_file(folder / name) != expected:
+            raise BundleError(
+                f"the bundle's file {name} was changed",
+                found=sha256_file(folder / name)[:16],
+                allowed=expected[:16],
+                hint="restore the bundle, or make it again",
+                subject=name,
+            )
+    bundle = Bundle(folder, manifest)
+    bundle.artifact.verify()
+    return bundle
+
+
+def model_card(manifest: Manifest, *, student: str, summary: Mapping[str, str]) -> str:
+    """A short Markdown text about the student for those who get only the folder."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
+    simulated = f"\n**Simulated ({manifest.verdict.simulated}): these numbers are not from real hardware.**\n" if manifest.verdict.simulated else ""
+    return f"# {student}\n\nVerdict: **{manifest.verdict.outcome.value}**. {manifest.verdict.reason}\n{simulated}\n| | |\n|---|---|\n{rows}\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    write_atomic(path, text.encode())
+
+
+def copy_tree(source: Path, destination: Path) -> None:
+    """Copy every file below `source`."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            copy_file(path, destination / path.relative_to(source))

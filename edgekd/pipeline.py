@@ -1,0 +1,424 @@
+"""The main path: a teacher, data, a device and a budget go in; a proven student, or an honest "not feasible", comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgekd.artifact import StoredArtifact
+from edgekd.bundle import utc_now
+from edgekd.contracts import Callback, StudentSpace, Target, Task
+from edgekd.data import Augment, make_split
+from edgekd.errors import ConfigError
+from edgekd.options import Options
+from edgekd.provenance import code_hash
+from edgekd.records import Budget, Check, HopParity, Ledger, LedgerRow, Outcome, Point, Record, StudentSpec, Verdict
+from edgekd.report.data import ReportData
+from edgekd.report.render import write_report
+from edgekd.search import Candidate, choose_passing
+from edgekd.stages import Listener, StageStore
+from edgekd.steps.baseline import BaselineOut, load_outputs, run_baseline
+from edgekd.steps.bundle import BundleOut, run_bundle
+from edgekd.steps.context import Context, row
+from edgekd.steps.convert import ConvertOut, run_convert
+from edgekd.steps.distil import DistilOut, run_distil
+from edgekd.steps.quantize import QuantizeOut, run_quantize
+from edgekd.steps.reporting import report_data
+from edgekd.steps.search import SearchOut, run_search
+from edgekd.steps.validate import ValidateOut, run_validate
+from edgekd.storage import link_folder
+from edgekd.tasks import as_task
+from edgekd.teachers import as_teacher, forward_names
+from edgekd.verdict import EXIT_OF, require_samples
+
+if TYPE_CHECKING:
+    from edgekd.planning import Plan
+
+
+class RunSummary(Record, tag="edgekd.run/1", frozen=True, kw_only=True):
+    """What a run ended with; `run.json` in the run folder. Paths are relative to it."""
+
+    created_at: str
+    verdict: Verdict
+    target: str
+    task: str
+    seed: int
+    bundle: str
+    report: str
+    student: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives. `bundle` is `None` when there is no artifact; trust `verdict`: only a pass is a success."""
+
+    verdict: Verdict
+    ledger: Ledger
+    bundle: Path | None
+    report: Path
+    run_dir: Path
+    points: tuple[Point, ...]
+    student: StudentSpec | None
+
+    @property
+    def exit_code(self) -> int:
+        """0 for pass, 1 for fail, 2 for refuse."""
+        return EXIT_OF[self.verdict.outcome]
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One student through the road, with what each stage left."""
+
+    spec: StudentSpec
+    distilled: DistilOut
+    converted: ConvertOut
+    quantized: QuantizeOut
+    validated: ValidateOut
+    folders: Mapping[str, Path]
+
+
+def make_context(
+    teacher: Any,
+    *,
+    task: str | Task,
+    train: Any,
+    validation: Any,
+    test: Any,
+    target: Target,
+    budget: Budget,
+    student: StudentSpace,
+    run_dir: Path,
+    seed: int,
+    options: Options | None,
+    augment: Augment | None,
+    cache_dir: Path | None,
+    callbacks: Sequence[Callback],
+    store: StageStore,
+) -> Context:
+    """The run's context, with every argument checked for its kind."""
+    known = as_teacher(teacher)
+    meaning = as_task(task)
+    names = forward_names(known.module) if known.module is not None else ()
+    if not isinstance(student, StudentSpace):
+        raise ConfigError(
+            "the student must be a space",
+            found=type(student).__name__,
+            allowed="edgekd.Family(factory, width=[...]) or edgekd.Fixed(net)",
+            hint="wrap a single network: Fixed(net)",
+        )
+    require_samples(target.profile.measure.verdict.launch, budget.percentile)
+    return Context(
+        target=target,
+        task=meaning,
+        teacher=known,
+        space=student,
+        train=make_split(train, meaning, name="train", input_names=names, augment=augment, seed=seed),
+        validation=make_split(validation, meaning, name="validation", input_names=names, seed=seed),
+        test=make_split(test, meaning, name="test", input_names=names, seed=seed),
+        budget=budget,
+        options=options or Options(),
+        seed=seed,
+        store=store,
+        cache_dir=cache_dir or run_dir.parent / ".edgekd-cache",
+        callbacks=callbacks,
+    )
+
+
+def compress(
+    teacher: Any,
+    *,
+    task: str | Task,
+    train: Any,
+    validation: Any,
+    test: Any,
+    target: Target,
+    budget: Budget,
+    student: StudentSpace,
+    run_dir: Path | str,
+    seed: int = 0,
+    options: Options | None = None,
+    augment: Augment | None = None,
+    cache_dir: Path | str | None = None,
+    callbacks: Sequence[Callback] = (),
+    listener: Listener | None = None,
+) -> Result:
+    """The most accurate student that meets the budget as measured on the target, with its evidence.
+
+    `teacher` is a torch module, an exported program, an ONNX file's path or a callable from named arrays to outputs; `train`,
+    `validation` and `test` are DataLoaders, data sets, `edgekd.Arrays` or `(inputs, targets)`. The student is chosen and trained on
+    train and validation only. A run that was killed goes on where it stopped when it is called again with the same `run_dir`.
+
+    Raises:
+        InputError: an argument, the data or the teacher cannot be used.
+        DeviceError: the device failed.
+        StorageError: the disk is full; finished stages are kept.
+    """
+    place = Path(run_dir)
+    with StageStore(place, listener) as store:
+        context = make_context(
+            teacher,
+            task=task,
+            train=train,
+            validation=validation,
+            test=test,
+            target=target,
+            budget=budget,
+            student=student,
+            run_dir=place,
+            seed=seed,
+            options=options,
+            augment=augment,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            callbacks=callbacks,
+            store=store,
+        )
+        return _Road(context).run()
+
+
+def plan(
+    teacher: Any,
+    *,
+    task: str | Task,
+    train: Any,
+    validation: Any,
+    test: Any,
+    target: Target,
+    budget: Budget,
+    student: StudentSpace,
+    run_dir: Path | str,
+    seed: int = 0,
+    options: Options | None = None,
+    augment: Augment | None = None,
+    cache_dir: Path | str | None = None,
+) -> Plan:
+    """What `compress` with the same arguments would do: stages, measurements, minutes and disk. Nothing is trained or measured."""
+    from edgekd.planning import make_plan
+
+    place = Path(run_dir)
+    context = make_context(
+        teacher,
+        task=task,
+        train=train,
+        validation=validation,
+        test=test,
+        target=target,
+        budget=budget,
+        student=student,
+        run_dir=place,
+        seed=seed,
+        options=options,
+        augment=augment,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+        callbacks=(),
+        store=StageStore(place),
+    )
+    return make_plan(context, place)
+
+
+class _Road:
+    """The stages of one run in order, and the account they leave."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.rows: list[LedgerRow] = []
+        self.points: list[Point] = []
+        self.parity: list[HopParity] = []
+
+    def _inputs(self) -> dict[str, Any]:
+        context = self.context
+        augmentation = code_hash(context.train.augment) if context.train.augment else ""
+        return {
+            "teacher": context.teacher.weights_hash(),
+            "train": context.train.fingerprint(),
+            "validation": context.validation.fingerprint(),
+            "test": context.test.fingerprint(),
+            "augment": augmentation,
+            "task": context.task.describe(),
+            "budget": context.budget,
+            "options": context.options,
+            "profile": context.target.profile,
+            "device": context.target.fingerprint,
+            "seed": context.seed,
+        }
+
+    def run(self) -> Result:
+        context = self.context
+        store = context.store
+        inputs = self._inputs()
+        baseline, baseline_dir = store.run("baseline", inputs, BaselineOut, lambda folder, scratch: run_baseline(context, folder, scratch))
+        context.limits = baseline.limits
+        self._add(baseline.rows, baseline.points, baseline.parity)
+        found, _ = store.run("search", {"space": context.space.source_hash()}, SearchOut, lambda _, scratch: run_search(context, scratch, baseline))
+        self._add(found.rows, found.points)
+        if not found.order:
+            return self._infeasible(baseline, found)
+        teacher_int8 = None if baseline.teacher_int8 is None else StoredArtifact(baseline.teacher_int8, baseline_dir / "teacher-int8")
+        attempts: dict[str, _Attempt] = {}
+
+        def judge(candidate: Candidate) -> Verdict:
+            attempts[candidate.label] = attempt = self._attempt(candidate.spec, baseline, baseline_dir, teacher_int8)
+            return attempt.validated.verdict
+
+        selection = choose_passing(
+            [Candidate(spec=spec, capacity=1.0, features={}) for spec in found.order],
+            judge,
+            attempts=context.options.search.attempts,
+            latency_ms={point.label: point.latency_ms for point in found.points} or None,
+            go_on=_another_may_do_better,
+        )
+        for position, tried in enumerate(selection.attempts):
+            last = position == len(selection.attempts) - 1
+            if tried.verdict is None:
+                self.rows.append(row(context, "distil", tried.label, "rolled back", tried.rejected))
+                continue
+            self._account(attempts[tried.label])
+            if not last:
+                self.rows.append(
+                    row(context, "validate", tried.label, "rolled back", f"the verdict is {tried.verdict.outcome.value}: on to the next candidate")
+                )
+        ended = [tried.label for tried in selection.attempts if tried.verdict is not None]
+        if not ended:
+            return self._no_student(baseline, found)
+        return self._finish(attempts[ended[-1]], baseline, baseline_dir, found)
+
+    def _add(self, rows: Sequence[LedgerRow], points: Sequence[Point] = (), parity: Sequence[HopParity] = ()) -> None:
+        self.rows.extend(rows)
+        self.points.extend(points)
+        self.parity.extend(parity)
+
+    def _account(self, attempt: _Attempt) -> None:
+        self._add(attempt.distilled.rows)
+        self._add(attempt.converted.rows, (), attempt.converted.parity)
+        self._add(attempt.quantized.rows, attempt.quantized.points, attempt.quantized.parity)
+        self._add(attempt.validated.rows, (), attempt.validated.parity)
+
+    def _attempt(self, spec: StudentSpec, baseline: BaselineOut, baseline_dir: Path, teacher_int8: StoredArtifact | None) -> _Attempt:
+        context = self.context
+        store = context.store
+        distilled, distil_dir = store.run("distil", {"spec": spec}, DistilOut, lambda folder, scratch: run_distil(context, folder, scratch, baseline, spec))
+        weights = distil_dir / "weights.safetensors"
+        converted, convert_dir = store.run("convert", {}, ConvertOut, lambda folder, _: run_convert(context, folder, distilled.spec, weights))
+        source = StoredArtifact(converted.artifact, convert_dir / "float")
+        teacher_validation = load_outputs(baseline_dir / "teacher_validation")
+        teacher_scores = context.task.scores(teacher_validation, context.validation.all().targets)
+        quantized, quantize_dir = store.run(
+            "quantize", {}, QuantizeOut, lambda folder, scratch: run_quantize(context, folder, scratch, baseline, source, teacher_scores)
+        )
+        teacher = None if baseline.teacher is None else StoredArtifact(baseline.teacher, baseline_dir / "teacher")
+        student = StoredArtifact(quantized.artifact, quantize_dir / "chosen")
+
+        def validate(folder: Path, _: Path) -> ValidateOut:
+            return run_validate(
+                context,
+                folder,
+                baseline,
+                student=student,
+                teacher=teacher,
+                teacher_int8=teacher_int8,
+                teacher_validation=teacher_validation,
+                teacher_test=load_outputs(baseline_dir / "teacher_test"),
+            )
+
+        validated, validate_dir = store.run("validate", {}, ValidateOut, validate)
+        folders = {"distil": distil_dir, "convert": convert_dir, "quantize": quantize_dir, "validate": validate_dir}
+        return _Attempt(distilled.spec, distilled, converted, quantized, validated, folders)
+
+    def _finish(self, attempt: _Attempt, baseline: BaselineOut, baseline_dir: Path, found: SearchOut) -> Result:
+        context = self.context
+        own = attempt.validated.chosen == "student"
+        report = report_data(context, self.rows, self.points, self.parity, found, attempt.distilled, attempt.validated, paths={"bundle": "bundle"})
+
+        def make(folder: Path, _: Path) -> BundleOut:
+            return run_bundle(
+                context,
+                folder,
+                attempt.validated,
+                attempt.folders["validate"] / "deployed",
+                float_artifact=StoredArtifact(attempt.converted.artifact, attempt.folders["convert"] / "float")
+                if own
+                else StoredArtifact(_present(baseline), baseline_dir / "teacher"),
+                spec=attempt.spec if own else None,
+                weights=attempt.folders["distil"] / "weights.safetensors" if own else None,
+                recipe=attempt.quantized.recipe if own else None,
+                teacher_test=load_outputs(baseline_dir / "teacher_test"),
+                ledger=Ledger(rows=tuple(self.rows)),
+                report=report,
+            )
+
+        bundled, bundle_dir = context.store.run("bundle", {}, BundleOut, make)
+        self._add(bundled.rows)
+        bundle = context.store.run_dir / "bundle"
+        link_folder(bundle_dir / "bundle", bundle)
+        if bundled.manifest.data_capped:
+            link_folder(bundle_dir / "evaluation", context.store.run_dir / "evaluation")
+        return self._close(
+            attempt.validated.verdict,
+            bundle,
+            msgspec.structs.replace(report, ledger=Ledger(rows=tuple(self.rows)), paths={"bundle": str(bundle)}),
+            attempt.spec if own else None,
+            attempt.validated.chosen,
+        )
+
+    def _close(self, verdict: Verdict, bundle: Path | None, report: ReportData, spec: StudentSpec | None, chosen: str) -> Result:
+        context = self.context
+        run_dir = context.store.run_dir
+        ledger = Ledger(rows=tuple(self.rows))
+        ledger.save(run_dir / "ledger.json")
+        report.save(run_dir / "report.json")
+        write_report(report, run_dir / "report.html")
+        RunSummary(
+            created_at=utc_now(),
+            verdict=verdict,
+            target=context.target.name,
+            task=context.task.name,
+            seed=context.seed,
+            bundle="" if bundle is None else str(bundle.relative_to(run_dir)),
+            report="report.html",
+            student=chosen if spec is None else spec.label(),
+        ).save(run_dir / "run.json")
+        return Result(verdict, ledger, bundle, run_dir / "report.html", run_dir, tuple(self.points), spec)
+
+    def _no_artifact(self, baseline: BaselineOut, found: SearchOut, reason: str, check: Check) -> Result:
+        context = self.context
+        verdict = Verdict(outcome=check.outcome, checks=(check,), reason=reason, simulated=context.simulated)
+        report = report_data(context, self.rows, self.points, self.parity, found, None, None, paths={}, verdict=verdict, limit_ms=baseline.limit_ms)
+        return self._close(verdict, None, report, None, "")
+
+    def _infeasible(self, baseline: BaselineOut, found: SearchOut) -> Result:
+        """A fail where the measurements show that nothing can fit; else a refuse: noise is never called a failure."""
+        fastest = min(found.points, key=lambda seen: seen.latency_ms, default=None)
+        check = Check(
+            name="latency",
+            outcome=Outcome.FAIL if found.proven else Outcome.REFUSE,
+            value=float("inf") if fastest is None else fastest.latency_ms,
+            limit=baseline.limit_ms,
+            unit="ms",
+            lower=None if fastest is None else fastest.lower_ms,
+            upper=None if fastest is None else fastest.upper_ms,
+            n=found.counts["measured"],
+            reason=found.certificate,
+        )
+        return self._no_artifact(baseline, found, found.certificate, check)
+
+    def _no_student(self, baseline: BaselineOut, found: SearchOut) -> Result:
+        reason = "no student came through: " + "; ".join(entry.reason for entry in self.rows if entry.decision == "rolled back" and entry.stage == "distil")
+        return self._no_artifact(baseline, found, reason, Check(name="student", outcome=Outcome.FAIL, value=0.0, limit=1.0, unit="students", reason=reason))
+
+
+def _another_may_do_better(verdict: Verdict) -> bool:
+    """After a fail, yes; after a refuse only where a valid latency lies too near the limit, which a faster student settles."""
+    if verdict.outcome is Outcome.FAIL:
+        return True
+    return any(
+        check.name == "latency" and check.outcome is Outcome.REFUSE and check.lower is not None and check.lower <= check.limit for check in verdict.checks
+    )
+
+
+def _present(baseline: BaselineOut) -> Any:
+    assert baseline.teacher is not None  # only an exported teacher can have been quantized and chosen
+    return baseline.teacher

@@ -1,0 +1,106 @@
+"""What a run would do, before it does it: stages, measurements, minutes and disk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from edgekd.records import Precision, Record
+from edgekd.stages import STAGES
+from edgekd.steps.context import Context
+
+_START_S = 0.6
+_EXPORT_S = 3.0
+_MEGABYTE = 1e6
+
+
+class PlanRow(Record, tag="edgekd.plan_row/1", frozen=True, kw_only=True):
+    """One stage: launches on the device, trainings on the host, and minutes where they follow from the protocol."""
+
+    stage: str
+    about: str
+    launches: int
+    trainings: str
+    minutes: float | None
+    finished: bool
+
+
+class Plan(Record, tag="edgekd.plan/1", frozen=True, kw_only=True):
+    """The stages of a run. `minutes` is measuring and converting only: how long training takes is not known before it starts."""
+
+    target: str
+    simulated: str
+    candidates: int
+    items: dict[str, int]
+    rows: tuple[PlanRow, ...]
+    minutes: float
+    disk_mb: float
+    notes: tuple[str, ...]
+
+    def text(self) -> str:
+        """The plan as plain text."""
+        lines = [f"target {self.target}" + (f" (simulated: {self.simulated})" if self.simulated else "") + f", {self.candidates} candidates"]
+        lines.append("items: " + ", ".join(f"{name} {count if count >= 0 else 'stream'}" for name, count in self.items.items()))
+        for row in self.rows:
+            took = "finished: reused" if row.finished else "training time unknown" if row.minutes is None else f"about {row.minutes:.1f} min"
+            lines.append(f"{row.stage:9} {row.launches:4d} launches  {row.trainings or 'no training':32} {took}  ({row.about})")
+        lines.append(f"measuring and converting: about {self.minutes:.1f} min; disk: about {self.disk_mb:.0f} MB")
+        return "\n".join([*lines, *self.notes])
+
+
+def make_plan(context: Context, run_dir: Path) -> Plan:
+    """The plan of a run. Launches are those of an undisturbed device; a verdict that stays undecided takes up to three times as many."""
+    measure = context.target.profile.measure
+    options = context.options
+    precisions = sum(context.wants(precision) for precision in (Precision.FP32, Precision.INT8))
+    specs = context.space.candidates(context.seed)
+    from_file = specs[0].kind == "fixed-onnx"
+    searched = 0 if from_file else min(len(specs), options.search.measurements)
+    finalists = min(options.search.finalists, len(specs))
+    rungs = 0 if len(specs) == 1 else finalists
+    screen_s = measure.screen.launch.warmup_min_s + measure.screen.launch.min_time_s + _START_S
+    verdict_s = measure.verdict.launch.warmup_min_s + measure.verdict.launch.min_time_s + measure.verdict.launch.gap_s + _START_S
+    screens, verdicts = measure.screen.launches, measure.verdict.launches
+    trained = "" if from_file else f"1 of {options.train.epochs} epochs per attempt"
+    short = f"{rungs} of {options.search.rung_epochs} epochs, then doubled" if rungs > 1 else ""
+    rows = {
+        "baseline": (screens * precisions + 8, "", screen_s, 2 * _EXPORT_S),
+        "search": (screens * precisions * searched, short, screen_s, _EXPORT_S * searched),
+        "distil": (0, trained, 0.0, 0.0),
+        "convert": (0, "", 0.0, _EXPORT_S),
+        "quantize": (screens * (1 + len(context.target.capabilities.schemes)), "", screen_s, _EXPORT_S),
+        "validate": (2 * verdicts, "", verdict_s, 0.0),
+        "bundle": (0, "", 0.0, _EXPORT_S),
+    }
+    done = {path.name.partition("-")[0] for path in (run_dir / "stages").glob("*-*")} if (run_dir / "stages").is_dir() else set()
+    simulated = context.simulated == "null"
+    out = []
+    for stage in STAGES:
+        launches, trainings, each_s, extra_s = rows[stage.name]
+        seconds = (0.0 if simulated else launches * each_s) + extra_s
+        out.append(
+            PlanRow(
+                stage=stage.name,
+                about=stage.about,
+                launches=launches,
+                trainings=trainings,
+                minutes=None if stage.name == "distil" and trainings else seconds / 60.0,
+                finished=stage.name in done,
+            )
+        )
+    batch = context.test.all(1)
+    item = sum(value.nbytes for value in batch.inputs.values())
+    splits = {"train": context.train, "validation": context.validation, "test": context.test}
+    items = {name: len(split) if split.indexed else -1 for name, split in splits.items()}
+    disk = max(items["test"], 0) * item + (max(items["train"], 0) * options.train.views * 4096 if options.train.teacher_outputs != "online" else 0)
+    notes = ["a finished stage is reused only if its inputs, options and device are still the same"] if done else []
+    return Plan(
+        target=context.target.name,
+        simulated=context.simulated,
+        candidates=len(specs),
+        items=items,
+        rows=tuple(out),
+        minutes=math.fsum(row.minutes for row in out if row.minutes is not None and not row.finished),
+        disk_mb=disk / _MEGABYTE + 10.0,
+        notes=tuple(notes),
+    )

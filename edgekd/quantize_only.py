@@ -1,0 +1,127 @@
+"""The first hour: one ONNX file and a folder of arrays; no training, no torch, the same stages and the same verdict."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.benching import load_inputs
+from edgekd.contracts import Array, Target, Task
+from edgekd.data import Arrays
+from edgekd.errors import DataError
+from edgekd.onnx_io import import_onnx
+from edgekd.options import Options
+from edgekd.pipeline import Result, compress
+from edgekd.records import Budget, IOSpec
+from edgekd.spaces import Fixed
+from edgekd.stages import Listener
+from edgekd.tasks import Classification, MultiTask, Regression
+from edgekd.teachers import OnnxTeacher
+
+_SHARES = (0.4, 0.2)
+"""Of the samples: calibration, then validation; the rest is the test split. A seeded shuffle comes first."""
+
+_FEWEST = 30
+
+
+def quantize_only(
+    model: Path | str,
+    data: Path | str,
+    *,
+    target: Target,
+    budget: Budget,
+    run_dir: Path | str,
+    seed: int = 0,
+    options: Options | None = None,
+    task: str | Task | None = None,
+    listener: Listener | None = None,
+) -> Result:
+    """The ONNX file made as fast as the target allows without training, judged against the file itself.
+
+    `data` holds `NAME.npy` for each input (`inputs.npy` if there is one), `(samples, ...)`, and optionally `targets.npy` (or
+    `targets.NAME.npy` per output). Without targets the file's own outputs are the truth: the classes of its only `(samples, classes)`
+    output, else its values. At least 30 samples; 40 % calibrate, 20 % choose, 40 % judge.
+
+    Raises:
+        ModelError, DataError: the file or the arrays cannot be used.
+    """
+    source = Path(model)
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as name:
+        iospec = import_onnx(source, Path(name)).record.iospec
+    inputs = load_inputs(Path(data), iospec)
+    count = len(next(iter(inputs.values())))
+    if count < _FEWEST:
+        raise DataError(
+            "too few samples to calibrate, choose and judge", found=count, allowed=f"at least {_FEWEST}", hint="add samples to the folder", subject=str(data)
+        )
+    teacher = OnnxTeacher(source)
+    targets, meaning = _targets(Path(data), iospec, teacher.outputs(inputs), count, task)
+    order = np.random.default_rng([seed, 0x51]).permutation(count)
+    first, second = int(count * _SHARES[0]), int(count * sum(_SHARES))
+    parts = [_part(inputs, targets, np.sort(picks)) for picks in (order[:first], order[first:second], order[second:])]
+    return compress(
+        teacher,
+        task=meaning,
+        train=parts[0],
+        validation=parts[1],
+        test=parts[2],
+        target=target,
+        budget=budget,
+        student=Fixed(source),
+        run_dir=run_dir,
+        seed=seed,
+        options=options,
+        listener=listener,
+    )
+
+
+def _part(inputs: Mapping[str, Array], targets: Any, picks: Array) -> Arrays:
+    chosen = {name: value[picks] for name, value in targets.items()} if isinstance(targets, Mapping) else targets[picks]
+    return Arrays({name: value[picks] for name, value in inputs.items()}, chosen)
+
+
+def _targets(folder: Path, iospec: IOSpec, outputs: Mapping[str, Array], count: int, task: str | Task | None) -> tuple[Any, Task]:
+    """The targets and what they mean: from the folder, else from the model's own outputs."""
+    names = [spec.name for spec in iospec.outputs]
+    given: Any = None
+    if (folder / "targets.npy").is_file():
+        given = _load(folder / "targets.npy", count)
+    elif all((folder / f"targets.{name}.npy").is_file() for name in names):
+        given = {name: _load(folder / f"targets.{name}.npy", count) for name in names}
+    if task is not None and not isinstance(task, str):
+        if given is None:
+            raise DataError("a task was given, but the folder holds no targets", found=str(folder), allowed="targets.npy", subject=str(folder))
+        return given, task
+    kinds = {name: _is_classes(outputs[name], task, None if given is None else given[name] if isinstance(given, dict) else given) for name in names}
+    if len(names) == 1:
+        name = names[0]
+        target = given if given is not None else outputs[name].argmax(axis=1) if kinds[name] else outputs[name]
+        return target, Classification() if kinds[name] else Regression()
+    if given is not None and not isinstance(given, dict):
+        raise DataError(
+            "the model has several outputs, but the folder holds one file of targets", found="targets.npy", allowed=[f"targets.{name}.npy" for name in names]
+        )
+    made = {name: (outputs[name].argmax(axis=1) if kinds[name] else outputs[name]) for name in names}
+    return given or made, MultiTask({name: Classification() if kinds[name] else Regression() for name in names})
+
+
+def _is_classes(output: Array, task: str | None, targets: Array | None) -> bool:
+    if task is not None:
+        return task == "classification"
+    if targets is not None:
+        return bool(np.issubdtype(targets.dtype, np.integer)) and output.ndim == targets.ndim + 1
+    return output.ndim == 2 and output.shape[1] > 1
+
+
+def _load(path: Path, count: int) -> Array:
+    try:
+        value: Array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a plain array", found=str(error).splitlines()[0], hint="save it with numpy.save", subject=path) from error
+    if len(value) != count:
+        raise DataError(f"{path.name} does not have one entry per sample", found=len(value), allowed=count, subject=path)
+    return value

@@ -1,0 +1,171 @@
+"""The baseline stage: what the teacher costs and reaches on this target, and whether quantizing it alone would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import Tensors
+from edgekd.errors import BudgetError, MeasurementInvalid, Rejected
+from edgekd.measure import Screened, Subject, calibrate_limits
+from edgekd.onnx_io import import_onnx
+from edgekd.parity import compare_hop
+from edgekd.records import Artifact, HopParity, LedgerRow, Limits, Point, Precision, Record
+from edgekd.steps.context import Context, checked_outputs, point, row, score
+from edgekd.steps.quantizing import to_int8
+from edgekd.steps.standing import standing
+from edgekd.teachers import OnnxTeacher
+from edgekd.verdict import check_plausible
+
+
+class BaselineOut(Record, tag="edgekd.stage_baseline/1", frozen=True, kw_only=True):
+    """`limit_ms` is the latency limit that the search works against; `None` artifacts do not exist for this teacher."""
+
+    teacher: Artifact | None
+    teacher_int8: Artifact | None
+    limits: Limits
+    limit_ms: float
+    teacher_accuracy: float
+    points: tuple[Point, ...]
+    parity: tuple[HopParity, ...]
+    rows: tuple[LedgerRow, ...]
+
+
+def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
+    """Measure the teacher; resolve the latency limit.
+
+    Raises:
+        BudgetError: the limit is not plausible, or relative to a teacher that cannot be measured.
+        DataError, ModelError: data, labels and teacher do not fit.
+        MeasurementInvalid: the device is too disturbed to measure the teacher.
+    """
+    validation = context.validation.all()
+    outputs = checked_outputs(context, context.validation, what="validation")
+    _save(folder / "teacher_validation", outputs)
+    _save(folder / "teacher_test", checked_outputs(context, context.test, what="test"))
+    sample = context.train.all(256)
+    context.task.check(context.teacher.outputs(sample.inputs), sample.targets)
+    teacher_scores = context.task.scores(outputs, validation.targets)
+    rows: list[LedgerRow] = []
+    points: list[Point] = []
+    parity: list[HopParity] = []
+    limits = context.target.profile.measure.limits
+    exported = _export_teacher(context, folder, rows)
+    screened: Screened | None = None
+    int8: StoredArtifact | None = None
+    if exported is not None:
+        limits = calibrate_limits(context.target, Subject("teacher", exported, context.probe_inputs()), cache_dir=context.cache_dir, seed=context.seed)
+        context.limits = limits
+        device = context.device_outputs(exported, {name: value[: context.options.parity_samples] for name, value in validation.inputs.items()})
+        part = {name: value[: context.options.parity_samples] for name, value in outputs.items()}
+        parity.append(compare_hop("teacher -> onnx", part, device, precision=Precision.FP32, agreement=float(context.task.agreement(device, part).mean())))
+        screened = context.screen({"teacher": exported})["teacher"]
+        if not screened.measurement.valid:
+            raise MeasurementInvalid(
+                "the teacher could not be measured",
+                found=screened.measurement.reason,
+                hint="end other work on the device and run the same command again",
+                subject="teacher",
+            )
+        points.append(point(screened, precision=Precision.FP32, role="teacher", accuracy=float(teacher_scores.mean())))
+        rows.append(row(context, "baseline", "teacher as it is", "noted", "the reference", after=score(screened, exported, teacher_scores)))
+    limit_ms = _limit(context, screened)
+    own_file = getattr(context.space, "onnx", None) is not None  # quantizing the file is then the road itself
+    if exported is not None and screened is not None and context.wants(Precision.INT8) and not own_file:
+        int8 = _quantized_teacher(context, exported, screened, folder, scratch, limit_ms, rows, points)
+    return BaselineOut(
+        teacher=None if exported is None else exported.record,
+        teacher_int8=None if int8 is None else int8.record,
+        limits=limits,
+        limit_ms=limit_ms,
+        teacher_accuracy=float(teacher_scores.mean()),
+        points=tuple(points),
+        parity=tuple(parity),
+        rows=tuple(rows),
+    )
+
+
+def _limit(context: Context, screened: Screened | None) -> float:
+    budget = context.budget
+    if budget.latency_ms is not None:
+        limit_ms = budget.latency_ms
+    elif screened is None:
+        raise BudgetError(
+            "a latency relative to the teacher's needs a teacher that runs on the target",
+            found=f"latency_share={budget.latency_share}, teacher {context.teacher.name}",
+            hint="give latency_ms=, or a teacher that can be exported to ONNX",
+        )
+    else:
+        assert budget.latency_share is not None
+        limit_ms = budget.latency_share * screened.latency_ms
+    if screened is not None:
+        check_plausible(limit_ms, screened.latency_ms, budget.percentile, allow_extreme=context.options.allow_extreme)
+    return limit_ms
+
+
+def _export_teacher(context: Context, folder: Path, rows: list[LedgerRow]) -> StoredArtifact | None:
+    place = folder / "teacher"
+    place.mkdir()
+    if context.teacher.module is not None:
+        return context.export(context.teacher.module, place)
+    if isinstance(context.teacher, OnnxTeacher):
+        return import_onnx(context.teacher.path, place)
+    rows.append(row(context, "baseline", "export the teacher", "skipped", "the teacher is a callable: it gives outputs, but cannot be measured on the target"))
+    return None
+
+
+def _quantized_teacher(
+    context: Context,
+    exported: StoredArtifact,
+    screened: Screened,
+    folder: Path,
+    scratch: Path,
+    limit_ms: float,
+    rows: list[LedgerRow],
+    points: list[Point],
+) -> StoredArtifact | None:
+    """The int8 teacher, if it can be made: an answer that needs no training, and a contender for the bundle."""
+    validation = context.validation.all()
+    device = context.device_outputs(exported, validation.inputs)
+    options = msgspec.structs.replace(context.options.quantize, methods=("minmax",))
+    try:
+        result = to_int8(context, exported, scratch / "teacher-int8", validation=validation, reference=device, options=options, allowed_drop=float("inf"))
+    except Rejected as error:
+        rows.append(row(context, "baseline", "quantize the teacher alone", "skipped", str(error), before=score(screened, exported, None)))
+        return None
+    kept = result.artifact.copy_to(folder / "teacher-int8")
+    seen = context.screen({"teacher int8": kept})["teacher int8"]
+    scores = np.asarray(result.scores)
+    teacher_scores = context.task.scores(device, validation.targets)
+    place = standing(kept, seen, scores, teacher_scores, context.budget, limit_ms, student="teacher")
+    points.append(point(seen, precision=Precision.INT8, role="teacher", accuracy=float(scores.mean())))
+    reason = (
+        "within the budget without any training: it competes with the student" if place.meets_budget else f"not enough alone: the limit is {limit_ms:.4g} ms"
+    )
+    rows.append(
+        row(
+            context,
+            "baseline",
+            "quantize the teacher alone",
+            "noted",
+            reason,
+            before=score(screened, exported, teacher_scores),
+            after=score(seen, kept, scores),
+        )
+    )
+    return kept
+
+
+def _save(folder: Path, outputs: Tensors) -> None:
+    folder.mkdir()
+    for position, (name, value) in enumerate(outputs.items()):
+        np.save(folder / f"{position:03d}.npy", value, allow_pickle=False)
+        (folder / f"{position:03d}.name").write_text(name, encoding="utf-8")
+
+
+def load_outputs(folder: Path) -> dict[str, np.ndarray]:
+    """The teacher's outputs that the baseline stage stored."""
+    return {path.with_suffix(".name").read_text(encoding="utf-8"): np.load(path, allow_pickle=False) for path in sorted(folder.glob("*.npy"))}

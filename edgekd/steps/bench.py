@@ -1,0 +1,140 @@
+"""Candidates on the bench: built, exported, quantized and screened whole; what was made or measured survives a kill."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import CalibrationSet, ConvertRequest
+from edgekd.errors import Rejected, UnsupportedModel
+from edgekd.measure import Screened
+from edgekd.quantize.recipes import candidate_schemes, make_recipe
+from edgekd.records import Artifact, Precision, Record, StudentSpec
+from edgekd.registry import load
+from edgekd.search import Candidate, Seen, describe_candidates
+from edgekd.steps.context import Context, inputs_hash
+from edgekd.storage import folder_atomic
+
+_TIMING_SAMPLES = 4
+
+
+class _Made(Record, tag="edgekd.candidate_artifact/1", frozen=True, kw_only=True):
+    artifact: Artifact
+
+
+class _Answers(Record, tag="edgekd.search_answers/1", frozen=True, kw_only=True):
+    """One call of the search, in the journal: a resumed search asks the same and gets the same answer without measuring."""
+
+    labels: tuple[str, ...]
+    seen: dict[str, Seen]
+
+
+def short_name(spec: StudentSpec) -> str:
+    """A file name for a candidate."""
+    return hashlib.sha256(spec.label().encode()).hexdigest()[:12]
+
+
+class CandidateBench:
+    """Measures candidates for the search at the fastest precision that the profile allows; untrained weights suffice for timing."""
+
+    def __init__(self, context: Context, scratch: Path) -> None:
+        self.context = context
+        self.scratch = scratch
+        self.unbuildable: dict[str, str] = {}
+        self._calls = 0
+        self._measured: set[str] = set()
+        self._preflight_done = False
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Every member of the space that can be built, with its size; the others are named in `unbuildable`."""
+        example = self.context.validation.all(1).inputs
+        candidates, self.unbuildable = describe_candidates(self.context.space, example, self.context.seed)
+        return candidates
+
+    def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Seen]:
+        """What each candidate took; asked again, it is measured again."""
+        labels = tuple(candidate.label for candidate in batch)
+        path = self.scratch / "answers" / f"{self._calls:04d}.json"
+        self._calls += 1
+        if path.is_file():
+            answers = _Answers.load(path)
+            if answers.labels == labels:
+                self._measured.update(labels)
+                return answers.seen
+        seen = self._measure(batch)
+        self._measured.update(labels)
+        _Answers(labels=labels, seen=seen).save(path)
+        return seen
+
+    def _measure(self, batch: Sequence[Candidate]) -> dict[str, Seen]:
+        seen: dict[str, Seen] = {}
+        first: dict[str, StoredArtifact] = {}
+        again: dict[str, StoredArtifact] = {}
+        for candidate in batch:
+            try:
+                made = self._artifacts(candidate.spec)
+            except Rejected as error:
+                seen[candidate.label] = Seen(valid=False, rejected=str(error))
+                continue
+            group = again if candidate.label in self._measured else first
+            group.update({f"{candidate.label} {precision.value}": model for precision, model in made.items()})
+        screened = self.context.screen(first) if first else {}
+        screened |= self.context.screen(again, fresh=self._calls) if again else {}
+        for candidate in batch:
+            mine = {
+                precision: screened[f"{candidate.label} {precision.value}"] for precision in Precision if f"{candidate.label} {precision.value}" in screened
+            }
+            for precision, item in mine.items():
+                if not item.measurement.valid:
+                    self.context.note("search", f"{candidate.label} {precision.value} could not be measured: {item.measurement.reason}")
+            if mine:
+                seen[candidate.label] = _fastest(mine)
+        return seen
+
+    def _artifacts(self, spec: StudentSpec) -> dict[Precision, StoredArtifact]:
+        name = short_name(spec)
+        model = self._kept(f"{name}-fp32", lambda place: self.context.export(self.context.space.build(spec, self.context.seed), place))
+        if not self._preflight_done:
+            report = self.context.target.runtime.supports(model)
+            if not report.supported:
+                raise UnsupportedModel(
+                    "the target cannot run the candidate", found="; ".join(f"{op}: {why}" for op, why in report.missing.items()), subject=spec.label()
+                )
+            self._preflight_done = True
+        out = {Precision.FP32: model} if self.context.wants(Precision.FP32) else {}
+        if self.context.wants(Precision.INT8):
+            out[Precision.INT8] = self._kept(f"{name}-int8", lambda place: self._quantized(model, place))
+        return out
+
+    def _kept(self, name: str, make: Callable[[Path], StoredArtifact]) -> StoredArtifact:
+        final = self.scratch / "candidates" / name
+        if not (final / "made.json").is_file():
+            with folder_atomic(final) as place:
+                _Made(artifact=make(place).record).save(place / "made.json")
+        return StoredArtifact(_Made.load(final / "made.json").artifact, final)
+
+    def _quantized(self, source: StoredArtifact, place: Path) -> StoredArtifact:
+        inputs = self.context.validation.all(_TIMING_SAMPLES).inputs
+        calibration = CalibrationSet(inputs=inputs, split="validation (timing only)", data_hash=inputs_hash(inputs))
+        recipe = make_recipe(candidate_schemes(self.context.target.capabilities)[0], "minmax", calibration)
+        request = ConvertRequest(
+            source=source,
+            folder=place,
+            iospec=source.record.iospec,
+            example=inputs,
+            recipe=recipe,
+            calibration=calibration,
+            infer=self.context.target.runtime.infer,
+        )
+        model: StoredArtifact = load("converters", "qdq-from-onnx")().convert(request)
+        return model
+
+
+def _fastest(screened: Mapping[Precision, Screened]) -> Seen:
+    valid = {precision: item for precision, item in screened.items() if item.measurement.valid}
+    if len(valid) < len(screened):
+        return Seen(valid=False)
+    precision, item = min(valid.items(), key=lambda pair: pair[1].latency_ms)
+    return Seen(latency_ms=item.latency_ms, lower_ms=item.lower_ms, upper_ms=item.upper_ms, precision=precision.value)

@@ -1,0 +1,110 @@
+"""The bundle stage: everything that a gate and a reader need, sealed by hashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from edgekd import __version__
+from edgekd.artifact import StoredArtifact
+from edgekd.bundle import copy_tree, model_card, save_evaluation, seal, utc_now, versions, write_text
+from edgekd.contracts import Tensors
+from edgekd.records import Ledger, LedgerRow, Manifest, Measurement, QuantRecipe, Record, StudentSpec
+from edgekd.report.data import ReportData
+from edgekd.report.render import write_report
+from edgekd.steps.context import Context, row
+from edgekd.steps.validate import ValidateOut
+from edgekd.storage import copy_file
+
+
+class Evidence(Record, tag="edgekd.evidence/1", frozen=True, kw_only=True):
+    """The verdict-grade measurements behind a bundle's verdict, raw samples included."""
+
+    measurements: tuple[Measurement, ...]
+
+
+class BundleOut(Record, tag="edgekd.stage_bundle/1", frozen=True, kw_only=True):
+    """The sealed bundle lies in the stage's folder `bundle`."""
+
+    manifest: Manifest
+    rows: tuple[LedgerRow, ...]
+
+
+def run_bundle(
+    context: Context,
+    folder: Path,
+    validated: ValidateOut,
+    deployed: Path,
+    *,
+    float_artifact: StoredArtifact,
+    spec: StudentSpec | None,
+    weights: Path | None,
+    recipe: QuantRecipe | None,
+    teacher_test: Tensors,
+    ledger: Ledger,
+    report: ReportData,
+) -> BundleOut:
+    """Write and seal the bundle."""
+    place = folder / "bundle"
+    StoredArtifact(validated.artifact, deployed).copy_to(place / "artifact")
+    float_artifact.copy_to(place / "float")
+    if spec is not None:
+        spec.save(place / "student" / "spec.json")
+    if weights is not None and weights.is_file():
+        copy_file(weights, place / "student" / "weights.safetensors")
+    if recipe is not None:
+        recipe.save(place / "recipe.json")
+    test = context.test.all()
+    evaluation = folder / "evaluation"
+    size = save_evaluation(evaluation, test.inputs, test.targets, teacher_test)
+    capped = size > context.options.bundle_data_mb * 1e6
+    if not capped:
+        copy_tree(evaluation, place / "evaluation")
+    Evidence(measurements=validated.measurements).save(place / "evidence.json")
+    rows: tuple[LedgerRow, ...] = ()
+    if capped:
+        rows = (
+            row(
+                context,
+                "bundle",
+                "evaluation data",
+                "noted",
+                f"{size / 1e6:.1f} MB is over the cap of {context.options.bundle_data_mb:g} MB: not in the bundle, a gate needs --data",
+            ),
+        )
+    msgspec.structs.replace(ledger, rows=(*ledger.rows, *rows)).save(place / "ledger.json")
+    write_report(report, place / "report.html")
+    manifest = Manifest(
+        edgekd=__version__,
+        created_at=utc_now(),
+        artifact=validated.artifact,
+        student=spec,
+        budget=context.budget,
+        latency_limit_ms=validated.limit_ms,
+        verdict=validated.verdict,
+        fingerprint=context.target.fingerprint,
+        identity=context.target.profile.identity,
+        profile=context.target.profile.name,
+        task=context.task.describe(),
+        files={},
+        versions=versions(),
+        teacher={"name": context.teacher.name, "accuracy": validated.teacher_accuracy, "weights": context.teacher.weights_hash()[:16]},
+        seed=context.seed,
+        data_capped=capped,
+        proven_on_hardware=context.target.profile.proven_on_hardware,
+        stage_keys=dict(context.store.keys),
+    )
+    name = validated.chosen if spec is None else f"{validated.chosen} ({spec.label()})"
+    summary = {
+        "budget": f"{validated.limit_ms:.4g} ms at p{context.budget.percentile:g}",
+        f"{context.task.metric} of the artifact": f"{validated.student_accuracy:.4f}",
+        f"{context.task.metric} of the teacher": f"{validated.teacher_accuracy:.4f}",
+        "agreement": f"{validated.agreement:.4f}",
+        "precision": validated.artifact.precision.value,
+        "size": f"{validated.artifact.size_bytes / 1e6:.3f} MB",
+        "target": context.target.name,
+        "made with": f"edgekd {__version__}, seed {context.seed}",
+    }
+    write_text(place / "MODEL_CARD.md", model_card(manifest, student=name, summary=summary))
+    return BundleOut(manifest=seal(place, manifest), rows=rows)

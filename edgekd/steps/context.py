@@ -1,0 +1,152 @@
+"""What every stage is handed: the live target, data, task, budget and options of one run, and the few helpers they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import Array, Callback, Converter, ConvertRequest, StudentSpace, Target, Task, Teacher, Tensors
+from edgekd.data import Split
+from edgekd.errors import ModelError
+from edgekd.keys import array_hash
+from edgekd.measure import Screened, Subject, screen
+from edgekd.options import Options
+from edgekd.records import Artifact, Budget, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
+from edgekd.registry import load
+from edgekd.stages import StageStore
+
+
+@dataclass
+class Context:
+    """One run. `limits` is set by the baseline stage, everything else before the first stage."""
+
+    target: Target
+    task: Task
+    teacher: Teacher
+    space: StudentSpace
+    train: Split
+    validation: Split
+    test: Split
+    budget: Budget
+    options: Options
+    seed: int
+    store: StageStore
+    cache_dir: Path
+    callbacks: Sequence[Callback] = ()
+    limits: Limits = field(default_factory=Limits)
+
+    def note(self, stage: str, text: str) -> None:
+        """Tell the listener, and the journal."""
+        self.store.tell(stage, "note", text)
+
+    def probe_inputs(self) -> dict[str, Array]:
+        """A few plain validation items that timed inferences rotate over."""
+        rotation = self.target.profile.measure.verdict.launch.rotation
+        return self.validation.all(rotation).inputs
+
+    def screen(self, models: Mapping[str, StoredArtifact], *, fresh: int = 0) -> dict[str, Screened]:
+        """Screen-grade latency of some artifacts, interleaved; cached beside the run, unless `fresh` numbers a new measurement."""
+        inputs = self.probe_inputs()
+        subjects = [Subject(label, model, inputs) for label, model in models.items()]
+        return screen(
+            self.target, subjects, percentile=self.budget.percentile, limits=self.limits, seed=self.seed + fresh, cache_dir=None if fresh else self.cache_dir
+        )
+
+    def device_outputs(self, model: StoredArtifact, inputs: Tensors) -> dict[str, Array]:
+        """The artifact's outputs for all samples, computed on the target."""
+        return self.target.runtime.infer(model, inputs)
+
+    def iospec(self) -> IOSpec:
+        """The inputs that the data have, with the batch bound to 1; outputs are filled in by the converter."""
+        batch = self.validation.all(1)
+        inputs = tuple(TensorSpec(name=name, dtype=str(value.dtype), shape=(1, *value.shape[1:])) for name, value in batch.inputs.items())
+        return IOSpec(inputs=inputs, outputs=(TensorSpec(name="output", dtype="float32", shape=()),), static_binding={"batch": 1})
+
+    def export(self, source: Any, folder: Path) -> StoredArtifact:
+        """A torch module as a float ONNX artifact with batch 1."""
+        converter: Converter = load("converters", "onnx-from-torch")()
+        return converter.convert(ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs))
+
+    def wants(self, precision: Precision) -> bool:
+        """Whether the profile asks for a precision and the target has it."""
+        return precision in self.target.profile.runtime.precisions and precision in self.target.capabilities.precisions
+
+    @property
+    def simulated(self) -> str:
+        """Empty on a real device."""
+        return self.target.simulated
+
+
+def restored(folder: Path, record: Artifact) -> StoredArtifact:
+    """An artifact that a stage stored in `folder`."""
+    return StoredArtifact(record, folder)
+
+
+def point(screened: Screened, *, precision: Precision, role: str, accuracy: float | None = None, capacity: float | None = None) -> Point:
+    """A measured candidate for the plot."""
+    return Point(
+        label=screened.label,
+        precision=precision.value,
+        latency_ms=screened.latency_ms,
+        lower_ms=screened.lower_ms,
+        upper_ms=screened.upper_ms,
+        accuracy=accuracy,
+        capacity=capacity,
+        role=role,
+    )
+
+
+def score(screened: Screened | None, model: StoredArtifact | None, scores: NDArray[np.float64] | None) -> Score:
+    """Where an artifact stands, for a ledger row."""
+    return Score(
+        latency_ms=None if screened is None else screened.latency_ms,
+        latency_error_ms=None if screened is None else (screened.upper_ms - screened.lower_ms) / 2,
+        accuracy=None if scores is None else float(scores.mean()),
+        size_bytes=None if model is None else model.record.size_bytes,
+        precision="" if model is None else model.record.precision.value,
+    )
+
+
+def row(
+    context: Context,
+    stage: str,
+    step: str,
+    decision: str,
+    reason: str,
+    before: Score | None = None,
+    after: Score | None = None,
+    *,
+    details: Mapping[str, float | int | str | bool] | None = None,
+) -> LedgerRow:
+    """A ledger row, marked when the target is simulated."""
+    return LedgerRow(
+        stage=stage, step=step, decision=decision, reason=reason, before=before, after=after, simulated=context.simulated, details=dict(details or {})
+    )
+
+
+def checked_outputs(context: Context, split: Split, *, what: str) -> dict[str, Array]:
+    """The teacher's outputs on a whole split, checked against the task.
+
+    Raises:
+        DataError, ModelError: outputs and targets do not fit, or an output is not finite.
+    """
+    batch = split.all()
+    outputs = context.teacher.outputs(batch.inputs)
+    for name, value in outputs.items():
+        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+            raise ModelError(
+                f"the teacher's output {name!r} on the {what} data is not finite", found="NaN or infinity", hint="check the teacher's weights", subject=name
+            )
+    context.task.check(outputs, batch.targets)
+    return outputs
+
+
+def inputs_hash(inputs: Tensors) -> str:
+    """What identifies a calibration set."""
+    return array_hash(inputs)

@@ -1,0 +1,62 @@
+"""The convert stage: the trained student as a float ONNX file, compared with its source on real inputs, on the target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekd.errors import ParityRejected
+from edgekd.onnx_io import import_onnx
+from edgekd.parity import compare_hop
+from edgekd.records import Artifact, HopParity, LedgerRow, Precision, Record, StudentSpec
+from edgekd.steps.context import Context, row
+
+
+class ConvertOut(Record, tag="edgekd.stage_convert/1", frozen=True, kw_only=True):
+    """The float artifact, stored in the stage's folder `float`."""
+
+    artifact: Artifact
+    parity: tuple[HopParity, ...]
+    rows: tuple[LedgerRow, ...]
+
+
+def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path) -> ConvertOut:
+    """Export the student and compare the file with it.
+
+    Raises:
+        ConversionRejected: the exporter refused the student.
+        ParityRejected: the file computes something else; the message names the hop and the tensor.
+    """
+    place = folder / "float"
+    place.mkdir()
+    samples = context.options.parity_samples
+    inputs = context.validation.all(samples).inputs
+    if spec.kind == "fixed-onnx":
+        source = getattr(context.space, "onnx")  # noqa: B009 - only the space Fixed of a file has it
+        model = import_onnx(source, place)
+        from edgekd.teachers import OnnxTeacher
+
+        reference, hop = OnnxTeacher(source).outputs(inputs), "file -> onnx"
+    else:
+        from edgekd.rebuild import load_weights
+        from edgekd.teachers import TorchTeacher
+
+        module = context.space.build(spec, context.seed)
+        load_weights(module, weights)
+        module.eval()
+        model = context.export(module, place)
+        reference, hop = TorchTeacher(module).outputs(inputs), "torch -> onnx"
+    device = context.device_outputs(model, inputs)
+    parity = compare_hop(hop, reference, device, precision=Precision.FP32, agreement=float(context.task.agreement(device, reference).mean()))
+    if not parity.passed:
+        bad = next(tensor for tensor in parity.tensors if not tensor.passed)
+        raise ParityRejected(
+            f"the student diverges at the hop {hop!r}",
+            found=f"{bad.name}: {bad.reason}",
+            hint="the exporter or the target computes something else; try another opset",
+            subject=hop,
+        )
+    return ConvertOut(
+        artifact=model.record,
+        parity=(parity,),
+        rows=(row(context, "convert", hop, "kept", f"parity on {parity.samples} real inputs", details={"opset": model.record.opset}),),
+    )

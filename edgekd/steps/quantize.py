@@ -1,0 +1,110 @@
+"""The quantize stage: int8 where it is faster and accurate enough, else the float artifact; the ledger says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.artifact import StoredArtifact
+from edgekd.errors import Rejected
+from edgekd.objective import prefer
+from edgekd.parity import compare_hop
+from edgekd.quantize.run import QuantizeResult
+from edgekd.records import Artifact, HopParity, LedgerRow, Point, Precision, QuantRecipe, Record
+from edgekd.steps.baseline import BaselineOut
+from edgekd.steps.context import Context, point, row, score
+from edgekd.steps.quantizing import to_int8
+from edgekd.steps.standing import standing
+
+
+class QuantizeOut(Record, tag="edgekd.stage_quantize/1", frozen=True, kw_only=True):
+    """The artifact that goes on, stored in the stage's folder `chosen`."""
+
+    artifact: Artifact
+    recipe: QuantRecipe | None
+    points: tuple[Point, ...]
+    parity: tuple[HopParity, ...]
+    rows: tuple[LedgerRow, ...]
+
+
+def run_quantize(context: Context, folder: Path, scratch: Path, baseline: BaselineOut, source: StoredArtifact, teacher_scores: np.ndarray) -> QuantizeOut:
+    """Quantize the float artifact, and keep the result only if the objective prefers it."""
+    validation = context.validation.all()
+    reference = context.device_outputs(source, validation.inputs)
+    context.task.check(reference, validation.targets)
+    scores = context.task.scores(reference, validation.targets)
+    screened = context.screen({"student": source})["student"]
+    before = score(screened, source, scores)
+    float_standing = standing(source, screened, scores, teacher_scores, context.budget, baseline.limit_ms)
+    float_point = point(screened, precision=Precision.FP32, role="student", accuracy=float(scores.mean()))
+
+    def stay(decision: str, reason: str, *more: LedgerRow, points: tuple[Point, ...] = ()) -> QuantizeOut:
+        kept = source.copy_to(folder / "chosen")
+        return QuantizeOut(
+            artifact=kept.record,
+            recipe=None,
+            points=(float_point, *points),
+            parity=(),
+            rows=(*more, row(context, "quantize", "int8", decision, reason, before=before)),
+        )
+
+    if not context.wants(Precision.INT8):
+        return stay("skipped", "int8 is not among the precisions of the target profile")
+    try:
+        result = to_int8(
+            context,
+            source,
+            scratch / "int8",
+            validation=validation,
+            reference=reference,
+            options=context.options.quantize,
+            allowed_drop=context.budget.max_drop if context.budget.max_drop is not None else 0.01,
+        )
+    except Rejected as error:
+        return stay("rolled back", str(error))
+    tried = tuple(_tried_rows(context, result))
+    seen = context.screen({"student int8": result.artifact})["student int8"]
+    int8_scores = np.asarray(result.scores)
+    after = standing(result.artifact, seen, int8_scores, teacher_scores, context.budget, baseline.limit_ms)
+    int8_point = point(seen, precision=Precision.INT8, role="student", accuracy=float(int8_scores.mean()))
+    choice = prefer(float_standing, after, binary=context.task.binary)
+    if context.wants(Precision.FP32) and not choice.after_preferred:
+        return stay("rolled back", choice.reason, *tried, points=(int8_point,))
+    samples = context.options.parity_samples
+    part = {name: value[:samples] for name, value in reference.items()}
+    device = context.device_outputs(result.artifact, {name: value[:samples] for name, value in validation.inputs.items()})
+    parity = compare_hop("onnx -> int8", part, device, precision=Precision.INT8, agreement=float(context.task.agreement(device, part).mean()))
+    if not parity.passed and context.wants(Precision.FP32):
+        return stay("rolled back", f"parity fails at the hop onnx -> int8: {parity.first_bad}", *tried, points=(int8_point,))
+    kept = result.artifact.copy_to(folder / "chosen")
+    reason = choice.reason if parity.passed else f"{choice.reason}; parity fails ({parity.first_bad}) but the profile allows int8 only"
+    return QuantizeOut(
+        artifact=kept.record,
+        recipe=result.recipe,
+        points=(float_point, int8_point),
+        parity=(parity,),
+        rows=(
+            *tried,
+            row(
+                context,
+                "quantize",
+                "int8",
+                "kept",
+                reason,
+                before=before,
+                after=score(seen, kept, int8_scores),
+                details={"scheme": result.recipe.scheme, "calibration": result.recipe.calibration.method},
+            ),
+        ),
+    )
+
+
+def _tried_rows(context: Context, result: QuantizeResult) -> list[LedgerRow]:
+    rows = []
+    for tried in result.tried:
+        found = {"accuracy": tried.accuracy, "latency_ms": tried.latency_ms}
+        known = {name: value for name, value in found.items() if value is not None}
+        rows.append(row(context, "quantize", f"{tried.scheme} {tried.method}", "noted", tried.reason, details=known))
+    rows.extend(row(context, "quantize", "note", "noted", text) for text in result.notes)
+    return rows

@@ -1,0 +1,86 @@
+"""What a run leaves, as the one record that the report draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from edgekd.bundle import utc_now, versions
+from edgekd.records import HopParity, Ledger, LedgerRow, Measurement, Point, Verdict
+from edgekd.report.data import ClassRow, Curve, ReportData
+from edgekd.steps.context import Context
+from edgekd.steps.distil import DistilOut
+from edgekd.steps.search import SearchOut
+from edgekd.steps.validate import ValidateOut
+
+
+def report_data(
+    context: Context,
+    rows: Sequence[LedgerRow],
+    points: Sequence[Point],
+    parity: Sequence[HopParity],
+    found: SearchOut,
+    distilled: DistilOut | None,
+    validated: ValidateOut | None,
+    *,
+    paths: Mapping[str, str],
+    verdict: Verdict | None = None,
+    limit_ms: float | None = None,
+) -> ReportData:
+    """The report's data; without `validated` it is the report of a run that ended without an artifact."""
+    measurements: tuple[Measurement, ...] = ()
+    per_class: tuple[ClassRow, ...] = ()
+    curves: tuple[Curve, ...] = ()
+    notes: list[str] = []
+    if validated is not None:
+        measurements = tuple(sorted(validated.measurements, key=lambda measurement: measurement.label != "teacher"))
+        labels = getattr(context.task, "labels", ())
+        per_class = tuple(
+            ClassRow(
+                name=labels[entry.label] if entry.label < len(labels) else str(entry.label),
+                n=entry.items,
+                teacher_accuracy=entry.teacher,
+                student_accuracy=entry.student,
+            )
+            for entry in validated.per_class
+        )
+        notes.append(f"agreement of the artifact with the teacher on the test split: {validated.agreement:.4f}")
+        verdict, limit_ms = validated.verdict, validated.limit_ms
+    if distilled is not None and distilled.curve is not None:
+        curve = distilled.curve
+        curves = (
+            Curve(
+                label=curve.label,
+                metric=context.task.metric,
+                train_loss=tuple(entry.train_loss for entry in curve.epochs),
+                validation=tuple(entry.validation for entry in curve.epochs),
+            ),
+        )
+        notes.extend(curve.notes)
+    if found.predictor_error is not None:
+        notes.append(f"the search's latency predictor was off by {found.predictor_error:.1%} on candidates it had not seen (median)")
+    profile = context.target.profile
+    return ReportData(
+        title=f"{context.teacher.name} on {context.target.name}",
+        created_at=utc_now(),
+        verdict=verdict,
+        budget=context.budget,
+        limit_ms=limit_ms,
+        target=context.target.name,
+        profile_text=profile.description,
+        simulated=context.simulated,
+        fingerprint=context.target.fingerprint,
+        proven_on_hardware=profile.proven_on_hardware,
+        ledger=Ledger(rows=tuple(rows)),
+        points=tuple(points),
+        measurements=measurements,
+        curves=curves,
+        per_class=per_class,
+        parity=tuple(parity),
+        versions=versions(),
+        paths=dict(paths),
+        notes=tuple(notes),
+        seed=context.seed,
+        task=context.task.name,
+        metric=context.task.metric,
+        search_counts=found.counts,
+    )
