@@ -196,7 +196,7 @@ def _train(request: _Request, accelerator: str, identity: str) -> TrainResult:
     from lightning_fabric import Fabric
 
     from edgekd.distill.checkpoint import load_checkpoint
-    from edgekd.distill.setup import build_features, decide, first_batch, resolve_objective
+    from edgekd.distill.setup import NOT_DETERMINISTIC, build_features, decide, first_batch, resolve_objective
     from edgekd.distill.sources import TeacherRunner
     from edgekd.distill.trainer import Trainer, count_steps
 
@@ -266,6 +266,15 @@ def _train(request: _Request, accelerator: str, identity: str) -> TrainResult:
         if checkpoint is not None:
             trainer.restore(checkpoint)
         stopped = trainer.run()
+    except RuntimeError as error:
+        if NOT_DETERMINISTIC not in str(error):
+            raise
+        raise ModelError(
+            "the student uses an operation that torch cannot run deterministically",
+            found=str(error).split(".")[0],
+            hint="replace the operation: a training that is killed has to go on with the same numbers",
+            subject=request.label,
+        ) from error
     finally:
         if runner is not None:
             runner.close()

@@ -20,6 +20,9 @@ from edgekd.errors import ConfigError, DataError, ModelError
 from edgekd.options import TrainOptions
 from edgekd.tasks import Classification, MultiTask, Regression, pick_output
 
+NOT_DETERMINISTIC = "does not have a deterministic implementation"
+"""What torch says about an operation that cannot give the same numbers twice."""
+
 
 def default_kind(task: Task, outputs: Mapping[str, Tensor]) -> str:
     """What `loss="auto"` means for a task: LSKD above four classes, KD up to four, MSE for regression.
@@ -101,6 +104,8 @@ def build_features(
             try:
                 student(*as_tensors(few.inputs, device).values())
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                if NOT_DETERMINISTIC in str(error):
+                    raise
                 raise ModelError(
                     f"the student {type(student).__name__} does not accept the data",
                     found=f"inputs { {name: value.shape for name, value in few.inputs.items()} }: {str(error).splitlines()[0]}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from edgekd.distill.optim import Ema, learning_rate, parameter_groups
 from edgekd.distill.precision import probe_precision
 from edgekd.distill.record import TrainPlan, TrainRecord
 from edgekd.distill.trainer import epoch_batches, evaluate
-from edgekd.errors import ConfigError, DataError, ModelError, TrainingDiverged
+from edgekd.errors import ConfigError, DataError, MissingDependency, ModelError, TrainingDiverged
 from edgekd.options import TrainOptions
 from edgekd.tasks import Classification, MultiTask, Regression
 from edgekd.teachers import as_teacher
@@ -280,6 +282,35 @@ def test_data_that_do_not_fit_are_named(tmp_path: Path) -> None:
         quick(seeded(Mlp, 8), tmp_path / "c", teacher=as_teacher(seeded(Mlp, 8, classes=7).eval()))
     with pytest.raises(ConfigError, match="nothing is left"):
         quick(seeded(Mlp, 8), tmp_path / "d", teacher=None, options=with_options(weight_task=0.0))
+
+
+def test_operation_without_a_deterministic_form_is_named(tmp_path: Path) -> None:
+    class Puts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.layer(x)
+            return out + torch.zeros(6).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+    with pytest.raises(ModelError, match="cannot run deterministically"):
+        quick(seeded(Puts), tmp_path / "run", teacher=None)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_modules_that_others_import_early_do_not_load_torch() -> None:
+    code = "import sys, edgekd.distill.run, edgekd.distill.record, edgekd.distill.progress; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
+    root = str(Path(__file__).parents[2])
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("package", ["torch", "lightning_fabric", "safetensors"])
+def test_missing_package_is_named_with_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    net, splits = seeded(Mlp, 8), blob_splits()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependency, match=r"edgekd\[distill\]"):
+        quick(net, tmp_path / "run", teacher=None, splits=splits)
 
 
 def test_unlabelled_items_need_a_task_weight_of_zero(tmp_path: Path) -> None:
