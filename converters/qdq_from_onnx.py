@@ -13,7 +13,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, near_names
-from edgekd.onnx_io import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, opset_of, write_model
+from edgekd.onnx_io import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, opset_of, require_onnx, write_model
 from edgekd.quantize.calibrate import observe
 from edgekd.quantize.recipes import SCHEMES
 from edgekd.records import Format, Precision, QuantRecipe
@@ -22,6 +22,7 @@ from ._onnx_io import captured, host_infer, last_message, versions
 from .prepare_onnx import PrepareOnnx
 
 _ENTRY = "model.onnx"
+_REQUANTIZED = {"Conv", "ConvTranspose", "Gemm"}
 
 
 class QdqFromOnnx:
@@ -61,6 +62,7 @@ class QdqFromOnnx:
             if name not in known:
                 raise ConfigError(f"the recipe keeps a node in float that the model lacks: {name!r}", allowed=near_names(name, known), subject=name)
         model = _quantized(float_model, recipe, ranges)
+        _keep_float(model, recipe.float_ops)
         pairs = count_ops(model, {"QuantizeLinear", "DequantizeLinear"})
         if not pairs:
             raise ConversionRejected(
@@ -130,8 +132,45 @@ def _quantized(model: Any, recipe: QuantRecipe, ranges: Mapping[str, tuple[float
                 {"ActivationSymmetric": scheme.symmetric_activations},
             )
             quantizer.quantize_model()
+            quantizer.model.topological_sort()  # the quantizer appends nodes at the end; ONNX wants producers first
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ConversionRejected(
             "the model cannot be quantized", found=last_message(error), hint="keep the node in float with float_ops", subject="qdq-from-onnx"
         ) from error
     return quantizer.model.model
+
+
+def _keep_float(model: Any, float_ops: tuple[str, ...]) -> None:
+    """Make the runtime leave the float operators in float, in place; numbers stay as they are.
+
+    Since 1.20 onnxruntime quantizes float weights of a Conv, ConvTranspose or Gemm that stands between a DequantizeLinear and a
+    QuantizeLinear, per tensor and without a word (`weight_bias_quantization.cc`), if the DequantizeLinear has a scalar scale. So the
+    operator gets a DequantizeLinear of its own, whose scale is the same for every channel.
+    """
+    onnx = require_onnx("quantizing an ONNX model")
+    graph = model.graph
+    arrays = {item.name: item for item in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    for node in [node for node in graph.node if node.name in float_ops and node.op_type in _REQUANTIZED]:
+        maker = makers.get(node.input[0])
+        weight = arrays.get(node.input[1])
+        if maker is None or maker.op_type != "DequantizeLinear" or weight is None:
+            continue
+        flags = {item.name: item.i for item in node.attribute}
+        if node.op_type == "Gemm":
+            axis, channels = int(not flags.get("transA", 0)), weight.dims[1 if flags.get("transB", 0) else 0]
+        else:
+            axis, channels = 1, weight.dims[0] if node.op_type == "ConvTranspose" else weight.dims[1] * (flags.get("group") or 1)
+        stem = f"{node.name}_float_input"
+        names = [f"{stem}_scale", f"{stem}_zero_point"]
+        for source, name in zip(maker.input[1:], names, strict=False):
+            value = onnx.numpy_helper.to_array(arrays[source]).reshape(-1)
+            graph.initializer.append(onnx.numpy_helper.from_array(np.repeat(value, channels), name))
+        inputs = [maker.input[0], *names[: len(maker.input) - 1]]
+        own = onnx.helper.make_node("DequantizeLinear", inputs, [stem], name=f"{stem}_DequantizeLinear", axis=axis, domain=maker.domain)
+        graph.node.insert(list(graph.node).index(node), own)
+        node.input[0] = stem
+    used = {name for node in graph.node for name in node.input} | {item.name for item in graph.output}
+    idle = [node for node in graph.node if node.op_type == "DequantizeLinear" and not used & set(node.output)]
+    for node in idle:
+        graph.node.remove(node)

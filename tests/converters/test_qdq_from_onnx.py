@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
@@ -139,6 +141,20 @@ def test_float_ops_stay_float_and_unknown_ones_are_refused(tmp_path: Path) -> No
     assert inputs["conv1/Conv"].endswith("_DequantizeLinear_Output")
     with pytest.raises(ConfigError, match="conv2/Conv"):
         quantized(source, IMAGE, tmp_path / "wrong", float_ops=("conv2/Comv",))
+
+
+@pytest.mark.parametrize("name", ["conv1/Conv", "conv2/Conv", "head/Gemm"])
+def test_float_ops_are_computed_in_float_when_the_runtime_optimizes(name: str, tmp_path: Path) -> None:
+    made = quantized(exported_convnet(), IMAGE, tmp_path, float_ops=(name,))
+    proto = onnx.load(str(made.entry))
+    (node,) = [node for node in proto.graph.node if node.name == name]
+    arrays = {item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) for item in proto.graph.initializer}
+    weight, bias = arrays[node.input[1]], arrays[node.input[2]]
+    taps = [tensor for tensor in (node.input[0], node.output[0]) if tensor not in ("image", "output")]
+    seen = IMAGE | ort_infer(made, IMAGE, taps)
+    given = torch.from_numpy(seen[node.input[0]])
+    expected = nn.functional.linear(given, weight, bias) if "Gemm" in name else nn.functional.conv2d(given, weight, bias, padding=1)
+    np.testing.assert_allclose(seen[node.output[0]], expected.numpy(), atol=1e-5)
 
 
 def test_quantizing_is_refused_when_everything_stays_float(tmp_path: Path) -> None:

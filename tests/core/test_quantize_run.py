@@ -22,7 +22,7 @@ from tests.contracts.tiny_models import ConvNet, FragileNet, HostTarget, UNet, e
 
 pytestmark = pytest.mark.torch
 
-TRAIN = {"image": noise(32, 3, 8, 8, seed=5)}
+TRAIN = {"image": noise(128, 3, 8, 8, seed=5)}
 VALIDATION = {"image": noise(64, 3, 8, 8, seed=6)}
 WEIGHTED = {"Conv", "Gemm", "MatMul", "ConvTranspose"}
 
@@ -52,7 +52,7 @@ def run(
     target: HostTarget | None = None,
     clock: Clock | None = None,
     options: QuantizeOptions | None = None,
-    allowed_drop: float = 0.05,
+    allowed_drop: float = 0.1,
 ) -> QuantizeResult:
     source = export(module, TRAIN, folder / "float")
     labels = ort_infer(source, VALIDATION)["output"].argmax(1)
@@ -89,7 +89,7 @@ def test_a_sturdy_net_stays_int8_throughout(tmp_path: Path) -> None:
     result = run(spread_logits(ConvNet()), tmp_path, clock=clock)
     assert result.recipe.float_ops == ()
     assert result.recipe.scheme == "u8s8"
-    assert result.scores.mean() >= 0.95
+    assert result.scores.mean() >= 0.9
     assert clock.asked == ["float", "u8s8"]
     assert result.latency_ms < result.float_ms
     result.artifact.verify()
@@ -98,9 +98,9 @@ def test_a_sturdy_net_stays_int8_throughout(tmp_path: Path) -> None:
 def test_exactly_the_fragile_layer_returns_to_float(tmp_path: Path) -> None:
     result = run(spread_logits(FragileNet()), tmp_path)
     assert result.recipe.float_ops == ("conv2/Conv",)
-    assert result.scores.mean() >= 0.95
+    assert result.scores.mean() >= 0.9
     plain = [row for row in result.tried if not row.float_ops]
-    assert all(row.drop is not None and row.drop > 0.05 for row in plain)
+    assert all(row.drop is not None and row.drop > 0.1 for row in plain)
     proto = onnx.load(str(result.artifact.entry))
     floats = [node.name for node in proto.graph.node if node.op_type in WEIGHTED and node.input[1] in {item.name for item in proto.graph.initializer}]
     assert floats == ["conv2/Conv"]
