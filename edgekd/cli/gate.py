@@ -79,13 +79,15 @@ def gate(
     from edgekd.gate_output import GateReport, one_line
     from edgekd.gating import gate as run_gate
 
+    place = bundle.resolve()
+    name = f"{place.parent.name}/{place.name}"
     paths = {"junit": junit, "json": json_path, "markdown": markdown}
     try:
         result = run_gate(bundle, target=target, data=data, accept_simulated=accept_simulated, overrides=overrides, progress=launch_progress)
     except EdgekdError as error:
-        _write(GateReport(bundle.resolve().name, None, error, {"bundle": str(bundle)}, on_refuse), paths)
+        _write(GateReport(name, None, error, {"bundle": str(bundle)}, on_refuse), paths)
         raise
-    report = GateReport(bundle.resolve().name, result.verdict, None, conditions(bundle, result), on_refuse)
+    report = GateReport(name, result.verdict, None, conditions(bundle, result), on_refuse)
     _write(report, paths)
     click.echo(one_line(report))
     return report.exit_code

@@ -114,8 +114,9 @@ _WHERE = click.argument("folder", type=click.Path(path_type=Path, file_okay=Fals
 
 @cache.command("ls")
 @_WHERE
+@click.option("--all", "every", is_flag=True, help="List every entry instead of one line per cache and kind.")
 @json_option
-def cache_ls(folder: Path, as_json: bool) -> int:
+def cache_ls(folder: Path, every: bool, as_json: bool) -> int:
     """List the caches (.edgekd-cache) below FOLDER (default: here) with their sizes."""
     from edgekd.report.words import size_text
 
@@ -126,8 +127,14 @@ def cache_ls(folder: Path, as_json: bool) -> int:
     if not entries:
         click.echo(f"no cache below {folder}")
         return 0
-    rows = [(entry.kind, str(entry.path), size_text(entry.size_bytes), f"{entry.age_days:.1f} days") for entry in entries]
-    print_table("Cache", ("kind", "path", "size", "age"), rows, numeric=(2, 3))
+    groups: dict[Path, list[CacheEntry]] = {}
+    for entry in entries:
+        groups.setdefault(entry.path if every else entry.path.parent, []).append(entry)
+    rows = [
+        (group[0].kind, str(path), str(len(group)), size_text(sum(entry.size_bytes for entry in group)), f"{min(entry.age_days for entry in group):.1f} days")
+        for path, group in groups.items()
+    ]
+    print_table("Cache", ("kind", "path", "entries", "size", "last written"), rows, numeric=(2, 3, 4))
     click.echo(f"{len(entries)} entries, {size_text(sum(entry.size_bytes for entry in entries))}")
     return 0
 

@@ -85,9 +85,14 @@ def _context(data: ReportData) -> dict[str, Any]:
         "device": _pairs("Device fingerprint", data.fingerprint.fields),
         "versions": _pairs("Versions", data.versions),
         "paths": _pairs("Files", data.paths),
-        "search": ", ".join(f"{count} {name}" for name, count in data.search_counts.items()),
+        "search": ", ".join(f"{data.search_counts[name]} {name}" for name in sorted(data.search_counts, key=_search_order)),
         "launch_summary_only": [item.label for item in data.measurements if item.launches and not any(launch.samples_ns for launch in item.launches)],
     }
+
+
+def _search_order(name: str) -> tuple[int, str]:
+    order = ("proposed", "measured", "rejected")
+    return (order.index(name) if name in order else len(order), name)
 
 
 def _simulated(data: ReportData) -> str:
