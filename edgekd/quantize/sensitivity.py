@@ -51,9 +51,9 @@ def output_error(reference: Tensors, outputs: Tensors) -> float:
 
 
 def suspects(workshop: Workshop, scheme: str, method: str, inputs: Tensors, *, limit: int = _MAX_PROBED) -> tuple[Op, ...]:
-    """The operators to probe: all, or the `limit` ones whose error alone in int8 is largest.
+    """The operators to probe one by one: all of them, or with more than `limit` those of the blocks that help most.
 
-    With more operators than `limit`, each block of operators is put back in float; blocks that help most are probed operator by operator.
+    Then the operators are cut into blocks of neighbours, each block is put back in float, and the best blocks are kept, up to half the limit.
     """
     ops = workshop.ops
     if len(ops) <= limit:

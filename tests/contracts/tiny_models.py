@@ -42,19 +42,20 @@ class ConvNet(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
+        self.norm: nn.Module = nn.BatchNorm2d(8)
         self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
         self.conv3 = nn.Conv2d(8, 8, 3, padding=1)
         self.head = nn.Linear(8, 4)
         with torch.no_grad():
-            self.norm.running_mean.uniform_(-0.2, 0.2)
-            self.norm.running_var.uniform_(0.5, 1.5)
+            self.get_buffer("norm.running_mean").uniform_(-0.2, 0.2)
+            self.get_buffer("norm.running_var").uniform_(0.5, 1.5)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.norm(self.conv1(image)))
         x = torch.relu(self.conv2(x))
         x = torch.relu(self.conv3(x))
-        return self.head(x.mean((2, 3)))
+        logits: torch.Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 class FragileNet(ConvNet):
@@ -64,9 +65,9 @@ class FragileNet(ConvNet):
         super().__init__(seed)
         self.norm = nn.Identity()
         with torch.no_grad():
-            self.conv1.weight[0] = 0
-            self.conv1.bias[0] = 0
-            self.conv2.weight[:, 0] = 1000.0
+            self.get_parameter("conv1.weight")[0] = 0
+            self.get_parameter("conv1.bias")[0] = 0
+            self.get_parameter("conv2.weight")[:, 0] = 1000.0
 
 
 class TwoInputs(nn.Module):
@@ -104,7 +105,8 @@ class UNet(nn.Module):
         c = torch.relu(self.bottom(self.pool(b)))
         d = nn.functional.interpolate(c, scale_factor=2, mode="bilinear")
         e = self.up(self.merge(torch.cat([d, b], 1)))
-        return self.out(torch.cat([e, a], 1))
+        out: torch.Tensor = self.out(torch.cat([e, a], 1))
+        return out
 
 
 def export(module: nn.Module, inputs: Mapping[str, np.ndarray], folder: Path, **options: str | int) -> StoredArtifact:

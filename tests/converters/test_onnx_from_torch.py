@@ -101,7 +101,8 @@ class _ByValue(nn.Module):
 
 class _Unknown(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.eigvals(image[:, 0]).real
+        values: torch.Tensor = torch.linalg.eigvals(image[:, 0])
+        return values.real
 
 
 def test_export_is_rejected_in_one_line_when_control_flow_depends_on_values(tmp_path: Path) -> None:

@@ -146,13 +146,13 @@ def test_bisect_names_the_operator_behind_a_broken_scale(tmp_path: Path, int8_of
 
 
 def test_bisect_names_the_tensor_that_only_a_device_computes_otherwise() -> None:
-    model = exported_convnet()
+    source = exported_convnet()
 
-    def device(artifact: StoredArtifact, inputs: Mapping[str, np.ndarray], taps: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        outputs = ort_infer(artifact, inputs, taps)
+    def device(model: StoredArtifact, inputs: Mapping[str, np.ndarray], taps: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        outputs = ort_infer(model, inputs, taps)
         return {name: value * np.float32(0.5) if name in ("relu_2", "mean", "output") else value for name, value in outputs.items()}
 
-    found = bisect(model, model, ort_infer, INPUTS, other_infer=device)
+    found = bisect(source, source, ort_infer, INPUTS, other_infer=device)
     assert found is not None
     assert found.tensor == "relu_2"
 

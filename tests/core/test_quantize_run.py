@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from torch import nn
 
 from edgekd.artifact import StoredArtifact
@@ -16,7 +19,10 @@ from edgekd.errors import UnsupportedModel
 from edgekd.options import QuantizeOptions
 from edgekd.quantize import QuantizeResult, quantize
 from edgekd.quantize.calibrate import calibration_set
-from edgekd.quantize.sensitivity import output_error
+from edgekd.quantize.sensitivity import measure_sensitivity, output_error, suspects
+from edgekd.quantize.workshop import Workshop
+from edgekd.registry import load
+from edgekd.target import connect
 from edgekd.tasks import Classification, Regression
 from tests.contracts.tiny_models import ConvNet, FragileNet, HostTarget, UNet, export, noise, ort_infer
 
@@ -45,8 +51,17 @@ class Clock:
         return sum(self.int8_ms * factor if made_by.get(node.input[1]) == "DequantizeLinear" else 1.0 for node in proto.graph.node if node.op_type in WEIGHTED)
 
 
+_KEPT = tempfile.TemporaryDirectory(prefix="edgekd.tests.")
+
+
+@functools.cache
+def exported(kind: Callable[[], nn.Module]) -> StoredArtifact:
+    """A net of this kind with spread logits, exported once."""
+    return export(spread_logits(kind()), TRAIN, Path(tempfile.mkdtemp(dir=_KEPT.name)))
+
+
 def run(
-    module: nn.Module,
+    kind: Callable[[], nn.Module],
     folder: Path,
     *,
     target: HostTarget | None = None,
@@ -54,7 +69,7 @@ def run(
     options: QuantizeOptions | None = None,
     allowed_drop: float = 0.1,
 ) -> QuantizeResult:
-    source = export(module, TRAIN, folder / "float")
+    source = exported(kind)
     labels = ort_infer(source, VALIDATION)["output"].argmax(1)
     return quantize(
         source,
@@ -74,8 +89,6 @@ def run(
 
 def spread_logits(module: Any) -> Any:
     """Logits centred and spread, so that the four classes all occur."""
-    import torch
-
     with torch.no_grad():
         features = module.eval()(torch.from_numpy(VALIDATION["image"]))
         scale = 1.0 / features.std(0)
@@ -86,7 +99,7 @@ def spread_logits(module: Any) -> Any:
 
 def test_a_sturdy_net_stays_int8_throughout(tmp_path: Path) -> None:
     clock = Clock()
-    result = run(spread_logits(ConvNet()), tmp_path, clock=clock)
+    result = run(ConvNet, tmp_path, clock=clock)
     assert result.recipe.float_ops == ()
     assert result.recipe.scheme == "u8s8"
     assert result.scores.mean() >= 0.9
@@ -96,7 +109,7 @@ def test_a_sturdy_net_stays_int8_throughout(tmp_path: Path) -> None:
 
 
 def test_exactly_the_fragile_layer_returns_to_float(tmp_path: Path) -> None:
-    result = run(spread_logits(FragileNet()), tmp_path)
+    result = run(FragileNet, tmp_path)
     assert result.recipe.float_ops == ("conv2/Conv",)
     assert result.scores.mean() >= 0.9
     plain = [row for row in result.tried if not row.float_ops]
@@ -109,12 +122,12 @@ def test_exactly_the_fragile_layer_returns_to_float(tmp_path: Path) -> None:
 
 
 def test_nothing_returns_to_float_when_the_drop_is_allowed(tmp_path: Path) -> None:
-    assert run(spread_logits(FragileNet()), tmp_path, allowed_drop=1.0).recipe.float_ops == ()
+    assert run(FragileNet, tmp_path, allowed_drop=1.0).recipe.float_ops == ()
 
 
 def test_each_scheme_is_timed_once_and_slow_ones_are_left(tmp_path: Path) -> None:
     clock = Clock()
-    result = run(spread_logits(ConvNet()), tmp_path, target=HostTarget(schemes=("s8s8", "u8s8")), clock=clock)
+    result = run(ConvNet, tmp_path, target=HostTarget(schemes=("s8s8", "u8s8")), clock=clock)
     assert clock.asked == ["float", "s8s8", "u8s8"]
     assert result.recipe.scheme == "u8s8"
     (left,) = [row for row in result.tried if row.scheme == "s8s8"]
@@ -124,7 +137,7 @@ def test_each_scheme_is_timed_once_and_slow_ones_are_left(tmp_path: Path) -> Non
 
 
 def test_int8_that_is_slower_is_reported_and_not_repaired(tmp_path: Path) -> None:
-    result = run(spread_logits(FragileNet()), tmp_path, clock=Clock(int8_ms=1.5))
+    result = run(FragileNet, tmp_path, clock=Clock(int8_ms=1.5))
     assert result.latency_ms > result.float_ms
     assert result.recipe.float_ops == ()
     assert any("faster than float" in note for note in result.notes)
@@ -132,7 +145,7 @@ def test_int8_that_is_slower_is_reported_and_not_repaired(tmp_path: Path) -> Non
 
 def test_the_method_with_the_highest_accuracy_is_taken(tmp_path: Path) -> None:
     options = QuantizeOptions(methods=("percentile", "minmax", "entropy"), percentile=60.0)
-    result = run(spread_logits(ConvNet()), tmp_path, options=options)
+    result = run(ConvNet, tmp_path, options=options)
     rows = {row.method: row.accuracy for row in result.tried}
     assert set(rows) == {"minmax", "percentile", "entropy"}
     assert rows["percentile"] is not None
@@ -142,7 +155,7 @@ def test_the_method_with_the_highest_accuracy_is_taken(tmp_path: Path) -> None:
 
 
 def test_two_runs_give_the_same_bytes_and_record(tmp_path: Path) -> None:
-    first, second = (run(spread_logits(FragileNet()), tmp_path / name) for name in ("a", "b"))
+    first, second = (run(FragileNet, tmp_path / name) for name in ("a", "b"))
     assert first.artifact.record == second.artifact.record
     assert first.recipe == second.recipe
     assert first.tried == second.tried
@@ -172,9 +185,74 @@ def test_a_unet_with_a_dense_output_is_quantized_and_its_preparation_noted(tmp_p
 
 def test_targets_that_cannot_calibrate_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="int8 scheme"):
-        run(ConvNet(), tmp_path / "a", target=HostTarget(schemes=()))
+        run(ConvNet, tmp_path / "a", target=HostTarget(schemes=()))
     with pytest.raises(UnsupportedModel, match="inside the model"):
-        run(ConvNet(), tmp_path / "b", target=HostTarget(taps=False))
+        run(ConvNet, tmp_path / "b", target=HostTarget(taps=False))
+
+
+class DeepFragile(nn.Module):
+    """Eight convolutions, the sixth of which int8 destroys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convs = nn.ModuleList(nn.Conv2d(3 if index == 0 else 6, 6, 1) for index in range(8))
+        with torch.no_grad():
+            for name, value in self.named_parameters():
+                value.copy_(torch.randn_like(value) * (0.6 if name.endswith("weight") else 0.1))
+            self.get_parameter("convs.4.weight")[0] = 0
+            self.get_parameter("convs.4.bias")[0] = 0
+            self.get_parameter("convs.5.weight")[:, 0] = 1000.0
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = image
+        for conv in self.convs:
+            x = torch.relu(conv(x))
+        return x
+
+
+def test_many_operators_are_probed_in_blocks_first(tmp_path: Path) -> None:
+    target = HostTarget()
+    source = export(DeepFragile(), TRAIN, tmp_path / "float")
+    workshop = Workshop(
+        source,
+        prepare=load("converters", "prepare-onnx")(),
+        converter=load("converters", "qdq-from-onnx")(),
+        infer=target.runtime.infer,
+        calibration=calibration_set(TRAIN, split="train"),
+        options=QuantizeOptions(),
+        folder=tmp_path / "work",
+    )
+    assert len(workshop.ops) == 8
+    probe = {"image": VALIDATION["image"][:8]}
+    chosen = [op.name for op in suspects(workshop, "u8s8", "minmax", probe, limit=6)]
+    assert "convs.5/Conv" in chosen
+    assert len(chosen) < 8
+    ranked = measure_sensitivity(workshop, "u8s8", "minmax", probe, kept=(), time_ms=Clock())
+    assert ranked[0].op.name == "convs.5/Conv"
+    assert ranked[0].cost_ms == pytest.approx(0.6)
+
+
+def test_a_target_made_by_connect_quantizes_on_its_own_runtime(tmp_path: Path) -> None:
+    source = exported(FragileNet)
+    with connect("null") as target:
+        reference = target.runtime.infer(source, VALIDATION)["output"]
+        result = quantize(
+            source,
+            target=target,
+            calibration=calibration_set(TRAIN, split="train"),
+            validation_inputs=VALIDATION,
+            validation_targets=reference.argmax(1),
+            task=Classification(),
+            reference_scores=np.ones(len(reference)),
+            options=QuantizeOptions(methods=("minmax",)),
+            allowed_drop=0.1,
+            time_ms=Clock(),
+            folder=tmp_path / "work",
+            seed=0,
+        )
+        assert result.recipe.float_ops == ("conv2/Conv",)
+        assert target.runtime.supports(result.artifact).supported
 
 
 def test_output_error_is_relative_to_the_variance() -> None:
