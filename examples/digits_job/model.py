@@ -45,11 +45,11 @@ def make_net(width: int, blocks: int) -> Net:
 def teacher() -> Net:
     """The trained teacher. Yours comes from a file: build the network, load its weights with safetensors, return it."""
     torch.manual_seed(0)
-    net = Net(width=48, blocks=4)
+    net = Net(width=40, blocks=3)
     images, labels = (torch.from_numpy(part) for part in data.train())
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(12):
+    for _ in range(8):
         for picks in torch.randperm(len(images), generator=generator).split(64):
             loss = nn.functional.cross_entropy(net(images[picks]), labels[picks])
             optimizer.zero_grad()
