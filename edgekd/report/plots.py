@@ -148,6 +148,8 @@ def pareto(points: Sequence[Point], limit_ms: float | None, metric: str) -> Plot
                 label=role if role != "candidate" else "candidates",
                 zorder=4 if role != "candidate" else 3,
             )
+            for point in chosen if role != "candidate" else ():
+                axis.annotate(point.precision, (point.latency_ms, point.accuracy), xytext=(6, 6), textcoords="offset points", fontsize=9, color=colour)
         if rug:
             base = 0.02
             axis.plot(

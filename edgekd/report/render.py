@@ -162,11 +162,21 @@ def _ledger(data: ReportData) -> _Table | None:
     rows = data.ledger.rows
     if not rows:
         return None
+    kinds = {row.simulated for row in rows}
+    everywhere = kinds.pop() if len(kinds) == 1 else ""
     marked = tuple(
-        (row.stage, row.step + (f" [simulated: {row.simulated}]" if row.simulated else ""), row.decision, *change_cells(row), row.reason) for row in rows
+        (
+            row.stage,
+            row.step if row.simulated == everywhere else f"{row.step} [simulated: {row.simulated or 'no'}]",
+            row.decision,
+            *change_cells(row),
+            row.reason,
+        )
+        for row in rows
     )
+    caption = f"Every step, before → after{f'; SIMULATED: {everywhere}' if everywhere else ''}"
     columns = ("stage", "step", "decision", "latency", data.metric, "size", "precision", "reason")
-    return _Table("Every step, before → after", columns, marked, (3, 4, 5), tuple(row.decision.replace(" ", "-") for row in rows))
+    return _Table(caption, columns, marked, (3, 4, 5), tuple(row.decision.replace(" ", "-") for row in rows))
 
 
 def _classes(data: ReportData) -> _Table | None:

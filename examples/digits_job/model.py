@@ -49,7 +49,7 @@ def teacher() -> Net:
     images, labels = (torch.from_numpy(part) for part in data.train())
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(8):
+    for _ in range(6):
         for picks in torch.randperm(len(images), generator=generator).split(64):
             loss = nn.functional.cross_entropy(net(images[picks]), labels[picks])
             optimizer.zero_grad()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from edgekd.cli.main import cli
 from edgekd.errors import BudgetError, ConfigError, DataError
 from edgekd.jobs import Job, load_folder, load_job
 from edgekd.records import Profile
@@ -201,24 +202,24 @@ def test_example_job_is_well_formed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_example_job_runs_from_a_copy_and_ends_in_a_bundle(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
+def test_example_job_runs_from_a_copy_and_continues_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
     pytest.importorskip("sklearn")
+    torch.set_num_threads(1)
     shutil.copytree(EXAMPLE, tmp_path / "mine", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    monkeypatch.chdir(tmp_path / "mine")
     settings = ["target=null", "options.accept_simulated=true", "options.train.epochs=2", "options.search.rung_epochs=1", "student.choices.blocks=[1]"]
-    command = [sys.executable, "-m", "edgekd", "compress", "job.toml", *(part for text in settings for part in ("--set", text))]
-    done = subprocess.run(command, cwd=tmp_path / "mine", env=_environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode in (0, 1, 2), done.stderr
-    assert "Traceback" not in done.stderr
+    command = ["compress", "job.toml", *(part for text in settings for part in ("--set", text))]
+    planned = CliRunner().invoke(cli, [*command, "--plan"])
+    assert planned.exit_code == 0, planned.output
+    assert "3 candidates" in planned.stdout
+    assert not (tmp_path / "mine" / "runs").exists()
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code in (0, 1), done.output
     assert "SIMULATED: null" in done.stdout
     assert (tmp_path / "mine" / "runs" / "digits" / "report.html").is_file()
-    again = subprocess.run(command, cwd=tmp_path / "mine", env=_environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert again.returncode == done.returncode
+    again = CliRunner().invoke(cli, command)
+    assert again.exit_code == done.exit_code
+    assert again.stdout == done.stdout
     assert "distil: reused" in again.stderr
     assert "distil: started" not in again.stderr
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

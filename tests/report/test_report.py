@@ -238,6 +238,15 @@ def test_simulation_is_marked_wherever_latencies_stand() -> None:
     assert "What was measured (simulated)" in text
 
 
+def test_ledger_is_marked_once_when_every_row_is_simulated_and_by_row_when_some_are() -> None:
+    rows = tuple(msgspec.structs.replace(row, simulated="null") for row in sample().ledger.rows)
+    whole = Reader(render_report(sample(ledger=Ledger(rows=rows)))).text
+    assert "before → after; SIMULATED: null" in whole
+    assert "[simulated: null]" not in whole
+    mixed = Reader(render_report(sample(ledger=Ledger(rows=(rows[0], *sample().ledger.rows[1:]))))).text
+    assert mixed.count("[simulated: null]") == 1
+
+
 def test_real_target_is_not_called_simulated_and_an_unproven_one_says_so(full: str) -> None:
     assert "SIMULATED" not in Reader(full).text
     assert "Never ran on real hardware" not in Reader(full).text
