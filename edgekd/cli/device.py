@@ -216,17 +216,18 @@ def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> Non
         click.echo(f"SIMULATED ({taken.simulated}): these times come from no device")
     if not taken.valid:
         click.echo(f"INVALID: {taken.reason}; the numbers below say nothing about the model")
-    print_table(
-        f"Latency of {model.name}, one inference, end to end",
-        ("clock", "latency"),
-        [
-            (name, ms_text(value) + ("" if samples >= min_samples(float(name[1:])) else " (too few samples)"))
-            for name, value in result.summary.items()
-            if name.startswith("p")
-        ]
-        + [(words, ms_text(result.summary[key])) for key, words in (("init", "initialization"), ("first", "first inference")) if key in result.summary],
-        numeric=(1,),
-    )
+    if result.summary:
+        print_table(
+            f"Latency of {model.name}, one inference, end to end",
+            ("clock", "latency"),
+            [
+                (name, ms_text(value) + ("" if samples >= min_samples(float(name[1:])) else " (too few samples)"))
+                for name, value in result.summary.items()
+                if name.startswith("p")
+            ]
+            + [(words, ms_text(result.summary[key])) for key, words in (("init", "initialization"), ("first", "first inference")) if key in result.summary],
+            numeric=(1,),
+        )
     launch = taken.protocol
     print_table(
         "Conditions",
