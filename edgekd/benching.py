@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.contracts import Array, Target
-from edgekd.errors import DataError, UnsupportedModel
+from edgekd.errors import DataError, InputError, UnsupportedModel
 from edgekd.measure import Subject, calibrate_limits, measure_verdict, screen
 from edgekd.onnx_io import import_onnx
-from edgekd.records import Capabilities, IOSpec, Measurement, OpTime
+from edgekd.records import Capabilities, IOSpec, Measurement, OpTime, TensorSpec
 from edgekd.stats import percentile_of
+from edgekd.tree import first_line
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,33 @@ def load_inputs(folder: Path, iospec: IOSpec) -> dict[str, Array]:
         try:
             value = np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a plain array", found=str(error).splitlines()[0], hint="save it with numpy.save", subject=path) from error
+            raise DataError(f"{path} is not a plain array", found=first_line(error), hint="save it with numpy.save", subject=path) from error
         wanted = spec.shape[1:]
         if (
-            len(value) == 0
-            or len(value.shape) != len(spec.shape)
+            value.ndim != len(spec.shape)
+            or len(value) == 0
             or any(isinstance(axis, int) and axis != size for axis, size in zip(wanted, value.shape[1:], strict=True))
         ):
             raise DataError(f"{path.name} does not fit the input {spec.name!r}", found=value.shape, allowed=("samples", *wanted), subject=spec.name)
         if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
             raise DataError(f"{path.name} holds NaN or infinity", found=str(path), subject=spec.name)
-        out[spec.name] = value.astype(spec.dtype, copy=False)
+        out[spec.name] = _cast(value, spec, path)
     if len({len(value) for value in out.values()}) > 1:
         raise DataError("the inputs have different numbers of samples", found={name: len(value) for name, value in out.items()})
     return out
+
+
+def _cast(value: Array, spec: TensorSpec, path: Path) -> Array:
+    """The values in the input's dtype; nothing but the precision of floats may get lost."""
+    if np.can_cast(value.dtype, spec.dtype, casting="same_kind"):
+        with np.errstate(over="ignore"):
+            cast: Array = value.astype(spec.dtype, copy=False)
+        if np.isfinite(cast).all() if np.issubdtype(cast.dtype, np.floating) else np.array_equal(cast, value):
+            return cast
+        raise DataError(f"{path.name} holds values that {spec.dtype} cannot", found=f"{value.min()} to {value.max()}", allowed=spec.dtype, subject=spec.name)
+    raise DataError(
+        f"{path.name} holds another kind of numbers than the input {spec.name!r} takes", found=str(value.dtype), allowed=spec.dtype, subject=spec.name
+    )
 
 
 def random_inputs(iospec: IOSpec, *, samples: int, seed: int) -> dict[str, Array]:
@@ -89,10 +103,13 @@ def bench(
 
     Raises:
         ModelError, DataError: the file or the inputs cannot be used.
+        InputError: the percentile is not between 0 and 100.
         UnsupportedModel: the target cannot run it; the message names the operator.
     """
     import tempfile
 
+    if not 0.0 < percentile < 100.0:
+        raise InputError("the percentile is out of range", found=percentile, allowed="above 0 and below 100", hint="use 50 for the median, 90 for p90")
     with tempfile.TemporaryDirectory(prefix="edgekd-bench-") as name:
         artifact = import_onnx(Path(model), Path(name))
         iospec = artifact.record.iospec

@@ -8,15 +8,19 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Tensors
-from edgekd.errors import BundleError
+from edgekd.errors import BundleError, InputError
 from edgekd.records import Manifest, Record
 from edgekd.storage import copy_file, sha256_file, write_atomic
+from edgekd.tree import first_line
+
+R = TypeVar("R", bound=Record)
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("edgekd", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "lightning-fabric", "scipy", "safetensors")
@@ -80,7 +84,7 @@ def load_evaluation(folder: Path) -> Evaluation:
     Raises:
         BundleError: a file is missing or is not a plain array.
     """
-    index = EvaluationIndex.load(folder / "index.json")
+    index = _loaded(EvaluationIndex, folder / "index.json", "this folder holds no evaluation data")
 
     def read(files: Mapping[str, str]) -> dict[str, Array]:
         out = {}
@@ -88,23 +92,33 @@ def load_evaluation(folder: Path) -> Evaluation:
             try:
                 out[name] = np.load(folder / Path(file).name, allow_pickle=False)
             except (OSError, ValueError) as error:
-                raise BundleError(
-                    f"the evaluation array {file} cannot be read", found=str(error).splitlines()[0], hint="restore the bundle", subject=file
-                ) from error
+                raise BundleError(f"the evaluation array {file} cannot be read", found=first_line(error), hint="restore the bundle", subject=file) from error
         return out
 
     targets = read(index.targets)
     return Evaluation(read(index.inputs), targets.get("", targets), read(index.teacher))
 
 
-def seal(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest over all files that lie in `folder`; gives it with their hashes."""
-    import msgspec
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Every file below `folder`, by its path in it, with its SHA-256."""
+    return {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
-    files = {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST}
-    sealed = msgspec.structs.replace(manifest, files=files)
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest over all files that lie in `folder`; gives it with their hashes and its own digest."""
+    files = file_hashes(folder)
+    files.pop(MANIFEST, None)
+    sealed = msgspec.structs.replace(manifest, files=files, seal="")
+    sealed = msgspec.structs.replace(sealed, seal=sealed.digest())
     sealed.save(folder / MANIFEST)
     return sealed
+
+
+def _loaded(kind: type[R], path: Path, problem: str) -> R:
+    try:
+        return kind.load(path)
+    except InputError as error:
+        raise BundleError(problem, found=error.found or error.what, hint="restore the bundle, or make it again", subject=path) from error
 
 
 @dataclass(frozen=True)
@@ -123,9 +137,10 @@ class Bundle:
         """The evaluation data, from the bundle or from `data` where the bundle was capped.
 
         Raises:
-            BundleError: the bundle has none and no folder was given.
+            BundleError: the bundle has none and no folder was given, or the folder does not hold the data that the bundle was judged on.
         """
         if data is not None:
+            self._check_data(data)
             return load_evaluation(data)
         if self.manifest.data_capped:
             raise BundleError(
@@ -135,6 +150,19 @@ class Bundle:
                 subject=self.folder,
             )
         return load_evaluation(self.folder / "evaluation")
+
+    def _check_data(self, data: Path) -> None:
+        own = "evaluation/"
+        wanted = self.manifest.evaluation or {name.removeprefix(own): digest for name, digest in self.manifest.files.items() if name.startswith(own)}
+        for name, digest in wanted.items():
+            path = data / name
+            if not path.is_file() or sha256_file(path) != digest:
+                raise BundleError(
+                    "these are not the evaluation data that the bundle was judged on",
+                    found=f"{path} {'was changed' if path.is_file() else 'is missing'}",
+                    hint="give the folder that the run wrote: --data RUN/evaluation",
+                    subject=path,
+                )
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -151,8 +179,16 @@ def open_bundle(folder: Path) -> Bundle:
             hint="give the bundle folder that a run printed",
             subject=folder,
         )
-    manifest = Manifest.load(folder / MANIFEST)
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST}
+    manifest = _loaded(Manifest, folder / MANIFEST, f"the bundle's {MANIFEST} cannot be read")
+    if msgspec.structs.replace(manifest, seal="").digest() != manifest.seal:
+        raise BundleError(
+            f"the bundle's {MANIFEST} was changed",
+            found=f"seal {manifest.seal[:16] or 'none'}",
+            allowed="the seal over all its fields",
+            hint="restore the bundle, or make it again",
+            subject=MANIFEST,
+        )
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     missing = sorted(set(manifest.files) - present)
     extra = sorted(present - set(manifest.files))
     if missing or extra:

@@ -13,7 +13,7 @@ from edgekd.contracts import Array, Task
 from edgekd.errors import DataError
 from edgekd.keys import array_hash
 from edgekd.provenance import code_hash
-from edgekd.tree import to_numpy
+from edgekd.tree import first_line, to_numpy
 
 Augment = Callable[[Any, np.random.Generator], Any]
 """`augment(x, generator)`: one item's input (a mapping where there are several) and a numpy generator seeded by
@@ -47,11 +47,17 @@ class Arrays:
             if targets is None
             else np.asarray(targets)
         )
-        lengths = {name or "inputs": len(value) for name, value in self.inputs.items()}
+        named = {name or "inputs": value for name, value in self.inputs.items()}
         if isinstance(self.targets, dict):
-            lengths |= {f"target {name}": len(value) for name, value in self.targets.items()}
+            named |= {f"target {name}": value for name, value in self.targets.items()}
         elif self.targets is not None:
-            lengths["targets"] = len(self.targets)
+            named["targets"] = self.targets
+        if not self.inputs:
+            raise DataError("there is no input array", found="an empty mapping", allowed="one array per input, the items along its first axis")
+        for name, value in named.items():
+            if value.ndim == 0:
+                raise DataError(f"{name} is no array of items", found=repr(value.item()), allowed="an array with the items along its first axis", subject=name)
+        lengths = {name: len(value) for name, value in named.items()}
         if len(set(lengths.values())) > 1:
             raise DataError("inputs and targets have different numbers of items", found=lengths, hint="every array has the items along its first axis")
 
@@ -104,7 +110,7 @@ class Split:
         self.seed = seed
         self.revision = revision
         self.batch_size = batch_size
-        self.indexed = isinstance(source, Arrays) or (hasattr(source, "__len__") and hasattr(source, "__getitem__"))
+        self.indexed = _is_indexed(source)
         self._source = source
         self._collate = collate or _stack
         self._wanted_names = tuple(input_names)
@@ -115,6 +121,14 @@ class Split:
                 f"the {name} data cannot be read",
                 found=type(source).__name__,
                 allowed="a torch DataLoader or Dataset, edgekd.Arrays, (inputs, targets), or an iterable of batches",
+                subject=name,
+            )
+        if not self.indexed and iter(source) is source:
+            raise DataError(
+                f"the {name} data can be read only once",
+                found=type(source).__name__,
+                allowed="data that start again each time they are iterated",
+                hint="wrap the generator in a class whose __iter__ starts it anew, or collect it in edgekd.Arrays",
                 subject=name,
             )
         self.input_names: tuple[str, ...] = tuple((self.batch([0]) if self.indexed else next(self.stream(0))).inputs)
@@ -140,12 +154,34 @@ class Split:
     def _find_instability(self) -> str:
         if not self.indexed:
             return "an iterable data set has no item index"
+        return self._drawing()
+
+    def _drawing(self) -> str:
+        """Why reading the same items again gives other bytes; empty when it does not, as far as a few items and the first batch tell."""
         if isinstance(self._source, Arrays):
             return ""
+        if not self.indexed:
+            first, again = (_content(next(self.stream(0))) for _ in range(2))
+            return "" if first == again else "the data set gives other items, or another order, each time it is read"
         probe = self._picks(_STABLE_ITEMS)
         if self.content_hash(probe) != self.content_hash(probe):
             return "the data set gives different bytes for the same index: it draws random numbers itself (pass the randomness as augment=)"
         return ""
+
+    def require_repeatable(self) -> None:
+        """Refuse data that differ from one reading to the next: teacher and student are judged on the same items.
+
+        Raises:
+            DataError: the data set draws random numbers itself, or a stream shuffles.
+        """
+        reason = self._drawing()
+        if reason:
+            raise DataError(
+                f"the {self.name} data must be the same at every reading",
+                found=reason,
+                hint="judge on plain items in a fixed order; random views belong to the training data, as augment=",
+                subject=self.name,
+            )
 
     def _picks(self, count: int) -> NDArray[np.int64]:
         generator = np.random.default_rng([self.seed, 0xF1])
@@ -153,9 +189,7 @@ class Split:
 
     def content_hash(self, indices: Sequence[int] | NDArray[np.int64]) -> str:
         """The hash of the inputs and targets of some items, before augmentation."""
-        batch = self.batch(indices)
-        targets = batch.targets if isinstance(batch.targets, dict) else {} if batch.targets is None else {"": batch.targets}
-        return array_hash({f"input {name}": value for name, value in batch.inputs.items()} | {f"target {name}": value for name, value in targets.items()})
+        return _content(self.batch(indices))
 
     def fingerprint(self) -> str:
         """What identifies the data in stage keys: the length and 64 seeded items before augmentation, or the user's revision."""
@@ -187,7 +221,7 @@ class Split:
             except (ValueError, RuntimeError) as error:
                 raise DataError(
                     f"items of the {self.name} data cannot be put into one batch",
-                    found=str(error).splitlines()[0],
+                    found=first_line(error),
                     hint="items need equal shapes, or a collate function",
                     subject=self.name,
                 ) from error
@@ -276,6 +310,65 @@ class Split:
             raise DataError(f"the {self.name} data are empty", found="no batch", hint="check the loader", subject=self.name)
 
 
+def _is_indexed(source: Any) -> bool:
+    """Whether items have a number; torch's iterable data sets inherit a `__getitem__` that only raises."""
+    if isinstance(source, Arrays):
+        return True
+    iterable = any(cls.__name__ == "IterableDataset" for cls in type(source).__mro__)
+    return not iterable and hasattr(source, "__len__") and hasattr(source, "__getitem__")
+
+
+class _Picked:
+    """Some items of a data set, in the order given."""
+
+    def __init__(self, source: Any, indices: Sequence[int]) -> None:
+        self._source = source
+        self._indices = [int(index) for index in indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> Any:
+        return self._source[self._indices[position]]
+
+
+def _unwrap(loader: Any, name: str) -> tuple[Any, Callable[[list[Any]], Any] | None, int | None]:
+    """The data set behind a DataLoader with its collate function and batch size; the loader itself where it gives ready batches.
+
+    The order of a loader is not kept, but its choice of items is: a `SubsetRandomSampler` gives its items and no others.
+
+    Raises:
+        DataError: the sampler weighs, repeats or groups items, which cannot be kept.
+    """
+    grouped = getattr(loader, "batch_sampler", None)
+    if not _is_indexed(loader.dataset) or grouped is None:
+        return loader, None, loader.batch_size
+    size = getattr(grouped, "batch_size", loader.batch_size)
+    sampler = loader.sampler
+    kind = type(sampler).__name__
+    if type(grouped).__name__ == "BatchSampler":
+        sampler = grouped.sampler
+        kind = type(sampler).__name__
+        if kind == "SequentialSampler" or (kind == "RandomSampler" and not sampler.replacement and len(sampler) == len(loader.dataset)):
+            return loader.dataset, loader.collate_fn, size
+        if kind == "SubsetRandomSampler":
+            return _Picked(loader.dataset, sorted(int(index) for index in sampler.indices)), loader.collate_fn, size
+    else:
+        kind = type(grouped).__name__
+    raise DataError(
+        f"the {name} loader draws items in a way that cannot be kept when items are read by their index",
+        found=kind,
+        allowed="no sampler, shuffle=True, or a SubsetRandomSampler",
+        hint="hand over the data set, or torch.utils.data.Subset(data_set, indices)",
+        subject=name,
+    )
+
+
+def _content(batch: Batch) -> str:
+    targets = batch.targets if isinstance(batch.targets, dict) else {} if batch.targets is None else {"": batch.targets}
+    return array_hash({f"input {name}": value for name, value in batch.inputs.items()} | {f"target {name}": value for name, value in targets.items()})
+
+
 def _join(batches: Sequence[Batch]) -> Batch:
     targets: Any = None
     if isinstance(batches[0].targets, dict):
@@ -306,6 +399,8 @@ def make_split(
         DataError: the data are empty, not finite, or cannot be read.
     """
     if isinstance(data, Split):
+        if augment is not None and augment is not data.augment:
+            raise DataError(f"the {name} data are a Split already, which keeps its own augmentation", hint="give augment= to make_split", subject=name)
         return data
     collate: Callable[[list[Any]], Any] | None = None
     batch_size: int | None = None
@@ -315,8 +410,5 @@ def make_split(
             data[1] if isinstance(data[1], Mapping) else to_numpy(data[1]),
         )
     elif hasattr(data, "dataset") and hasattr(data, "collate_fn"):
-        loader = data
-        batch_size = loader.batch_size
-        if hasattr(loader.dataset, "__getitem__") and hasattr(loader.dataset, "__len__"):
-            data, collate = loader.dataset, loader.collate_fn
+        data, collate, batch_size = _unwrap(data, name)
     return Split(data, task, name=name, input_names=input_names, augment=augment, seed=seed, revision=revision, collate=collate, batch_size=batch_size)

@@ -14,7 +14,7 @@ from edgekd.measure import Subject, calibrate_limits, measure_verdict
 from edgekd.records import Manifest, Measurement, Outcome, Verdict
 from edgekd.target import connect
 from edgekd.tasks import task_from
-from edgekd.verdict import is_undecided, judge
+from edgekd.verdict import is_undecided, judge, require_samples
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def gate(
 
     Raises:
         BundleError: the bundle is incomplete or was changed.
+        InputError: the target's launches are too short for the budget's percentile.
         DeviceError: the device failed.
     """
     opened = open_bundle(Path(bundle))
@@ -70,6 +71,7 @@ def gate(
 
 def _gate(bundle: Bundle, target: Target, data: Path | None, accept_simulated: bool, progress: Callable[[str, int, int], None] | None) -> GateResult:
     manifest = bundle.manifest
+    require_samples(target.profile.measure.verdict.launch, manifest.budget.percentile)
     differing = target.fingerprint.differing(manifest.fingerprint, manifest.identity)
     if differing:
         text = ", ".join(f"{name} is {now} and was {then}" for name, (now, then) in sorted(differing.items()))

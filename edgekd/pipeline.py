@@ -13,9 +13,8 @@ from edgekd.artifact import StoredArtifact
 from edgekd.bundle import utc_now
 from edgekd.contracts import Callback, StudentSpace, Target, Task
 from edgekd.data import Augment, make_split
-from edgekd.errors import ConfigError
+from edgekd.errors import ConfigError, Rejected
 from edgekd.options import Options
-from edgekd.provenance import code_hash
 from edgekd.records import Budget, Check, HopParity, Ledger, LedgerRow, Outcome, Point, Record, StudentSpec, Verdict
 from edgekd.report.data import ReportData
 from edgekd.report.render import write_report
@@ -26,6 +25,7 @@ from edgekd.steps.bundle import BundleOut, run_bundle
 from edgekd.steps.context import Context, row
 from edgekd.steps.convert import ConvertOut, run_convert
 from edgekd.steps.distil import DistilOut, run_distil
+from edgekd.steps.inputs import baseline_inputs, convert_inputs, quantize_inputs, run_facts, search_inputs, validate_inputs
 from edgekd.steps.quantize import QuantizeOut, run_quantize
 from edgekd.steps.reporting import report_data
 from edgekd.steps.search import SearchOut, run_search
@@ -70,6 +70,9 @@ class Result:
         return EXIT_OF[self.verdict.outcome]
 
 
+_ATTEMPT_STAGES = ("distil", "convert", "quantize", "validate")
+
+
 @dataclass(frozen=True)
 class _Attempt:
     """One student through the road, with what each stage left."""
@@ -80,6 +83,7 @@ class _Attempt:
     quantized: QuantizeOut
     validated: ValidateOut
     folders: Mapping[str, Path]
+    keys: Mapping[str, str]
 
 
 def make_context(
@@ -112,14 +116,17 @@ def make_context(
             hint="wrap a single network: Fixed(net)",
         )
     require_samples(target.profile.measure.verdict.launch, budget.percentile)
+    judged = {name: make_split(data, meaning, name=name, input_names=names, seed=seed) for name, data in (("validation", validation), ("test", test))}
+    for split in judged.values():
+        split.require_repeatable()
     return Context(
         target=target,
         task=meaning,
         teacher=known,
         space=student,
         train=make_split(train, meaning, name="train", input_names=names, augment=augment, seed=seed),
-        validation=make_split(validation, meaning, name="validation", input_names=names, seed=seed),
-        test=make_split(test, meaning, name="test", input_names=names, seed=seed),
+        validation=judged["validation"],
+        test=judged["test"],
         budget=budget,
         options=options or Options(),
         seed=seed,
@@ -228,40 +235,32 @@ class _Road:
         self.rows: list[LedgerRow] = []
         self.points: list[Point] = []
         self.parity: list[HopParity] = []
-
-    def _inputs(self) -> dict[str, Any]:
-        context = self.context
-        augmentation = code_hash(context.train.augment) if context.train.augment else ""
-        return {
-            "teacher": context.teacher.weights_hash(),
-            "train": context.train.fingerprint(),
-            "validation": context.validation.fingerprint(),
-            "test": context.test.fingerprint(),
-            "augment": augmentation,
-            "task": context.task.describe(),
-            "budget": context.budget,
-            "options": context.options,
-            "profile": context.target.profile,
-            "device": context.target.fingerprint,
-            "seed": context.seed,
-        }
+        self.done: list[DistilOut | ConvertOut | QuantizeOut] = []
+        """The stages that the attempt at hand has behind it."""
 
     def run(self) -> Result:
         context = self.context
-        store = context.store
-        inputs = self._inputs()
-        baseline, baseline_dir = store.run("baseline", inputs, BaselineOut, lambda folder, scratch: run_baseline(context, folder, scratch))
+        facts = run_facts(context)
+        baseline, baseline_dir = context.store.run(
+            "baseline", baseline_inputs(context, facts), BaselineOut, lambda folder, scratch: run_baseline(context, folder, scratch)
+        )
         context.limits = baseline.limits
         self._add(baseline.rows, baseline.points, baseline.parity)
-        found, _ = store.run("search", {"space": context.space.source_hash()}, SearchOut, lambda _, scratch: run_search(context, scratch, baseline))
+        found, _ = context.store.run("search", search_inputs(context, facts, baseline), SearchOut, lambda _, scratch: run_search(context, scratch, baseline))
         self._add(found.rows, found.points)
-        if not found.order:
-            return self._infeasible(baseline, found)
         teacher_int8 = None if baseline.teacher_int8 is None else StoredArtifact(baseline.teacher_int8, baseline_dir / "teacher-int8")
+        if not found.order:
+            return self._teacher_alone(baseline, baseline_dir, teacher_int8, found) or self._infeasible(baseline, found)
         attempts: dict[str, _Attempt] = {}
+        stopped: dict[str, tuple[str, list[DistilOut | ConvertOut | QuantizeOut], object]] = {}
 
         def judge(candidate: Candidate) -> Verdict:
-            attempts[candidate.label] = attempt = self._attempt(candidate.spec, baseline, baseline_dir, teacher_int8)
+            self.done = []
+            try:
+                attempts[candidate.label] = attempt = self._attempt(candidate.spec, baseline, baseline_dir, teacher_int8)
+            except Rejected as error:
+                stopped[candidate.label] = (_ATTEMPT_STAGES[len(self.done)], self.done, error.subject)
+                raise
             return attempt.validated.verdict
 
         selection = choose_passing(
@@ -274,7 +273,10 @@ class _Road:
         for position, tried in enumerate(selection.attempts):
             last = position == len(selection.attempts) - 1
             if tried.verdict is None:
-                self.rows.append(row(context, "distil", tried.label, "rolled back", tried.rejected))
+                stage, done, subject = stopped[tried.label]
+                for out in done:
+                    self._add(out.rows, getattr(out, "points", ()), getattr(out, "parity", ()))
+                self._add([row(context, stage, tried.label, "rolled back", tried.rejected)], (), [subject] if isinstance(subject, HopParity) else ())
                 continue
             self._account(attempts[tried.label])
             if not last:
@@ -283,8 +285,10 @@ class _Road:
                 )
         ended = [tried.label for tried in selection.attempts if tried.verdict is not None]
         if not ended:
-            return self._no_student(baseline, found)
-        return self._finish(attempts[ended[-1]], baseline, baseline_dir, found)
+            rejected = "; ".join(tried.rejected for tried in selection.attempts)
+            return self._teacher_alone(baseline, baseline_dir, teacher_int8, found) or self._no_student(baseline, found, rejected)
+        judged = attempts[ended[-1]]
+        return self._finish(judged.validated, judged.folders["validate"], judged, baseline, baseline_dir, found)
 
     def _add(self, rows: Sequence[LedgerRow], points: Sequence[Point] = (), parity: Sequence[HopParity] = ()) -> None:
         self.rows.extend(rows)
@@ -301,67 +305,93 @@ class _Road:
         context = self.context
         store = context.store
         distilled, distil_dir = store.run("distil", {"spec": spec}, DistilOut, lambda folder, scratch: run_distil(context, folder, scratch, baseline, spec))
+        self.done.append(distilled)
         weights = distil_dir / "weights.safetensors"
-        converted, convert_dir = store.run("convert", {}, ConvertOut, lambda folder, _: run_convert(context, folder, distilled.spec, weights))
+        converted, convert_dir = store.run(
+            "convert", convert_inputs(context), ConvertOut, lambda folder, _: run_convert(context, folder, distilled.spec, weights)
+        )
+        self.done.append(converted)
         source = StoredArtifact(converted.artifact, convert_dir / "float")
         teacher_validation = load_outputs(baseline_dir / "teacher_validation")
         teacher_scores = context.task.scores(teacher_validation, context.validation.all().targets)
         quantized, quantize_dir = store.run(
-            "quantize", {}, QuantizeOut, lambda folder, scratch: run_quantize(context, folder, scratch, baseline, source, teacher_scores)
+            "quantize",
+            quantize_inputs(context),
+            QuantizeOut,
+            lambda folder, scratch: run_quantize(context, folder, scratch, baseline, source, teacher_scores),
         )
-        teacher = None if baseline.teacher is None else StoredArtifact(baseline.teacher, baseline_dir / "teacher")
-        student = StoredArtifact(quantized.artifact, quantize_dir / "chosen")
+        self.done.append(quantized)
+        validated, validate_dir = self._validate(StoredArtifact(quantized.artifact, quantize_dir / "chosen"), baseline, baseline_dir, teacher_int8)
+        folders = {"distil": distil_dir, "convert": convert_dir, "quantize": quantize_dir, "validate": validate_dir}
+        return _Attempt(distilled.spec, distilled, converted, quantized, validated, folders, dict(store.keys))
 
+    def _validate(
+        self, student: StoredArtifact | None, baseline: BaselineOut, baseline_dir: Path, teacher_int8: StoredArtifact | None
+    ) -> tuple[ValidateOut, Path]:
         def validate(folder: Path, _: Path) -> ValidateOut:
             return run_validate(
-                context,
+                self.context,
                 folder,
                 baseline,
                 student=student,
-                teacher=teacher,
+                teacher=None if baseline.teacher is None else StoredArtifact(baseline.teacher, baseline_dir / "teacher"),
                 teacher_int8=teacher_int8,
-                teacher_validation=teacher_validation,
+                teacher_validation=load_outputs(baseline_dir / "teacher_validation"),
                 teacher_test=load_outputs(baseline_dir / "teacher_test"),
             )
 
-        validated, validate_dir = store.run("validate", {}, ValidateOut, validate)
-        folders = {"distil": distil_dir, "convert": convert_dir, "quantize": quantize_dir, "validate": validate_dir}
-        return _Attempt(distilled.spec, distilled, converted, quantized, validated, folders)
+        inputs = validate_inputs(self.context, "student" if student is not None else "teacher int8")
+        return self.context.store.run("validate", inputs, ValidateOut, validate)
 
-    def _finish(self, attempt: _Attempt, baseline: BaselineOut, baseline_dir: Path, found: SearchOut) -> Result:
+    def _teacher_alone(self, baseline: BaselineOut, baseline_dir: Path, teacher_int8: StoredArtifact | None, found: SearchOut) -> Result | None:
+        """Where no student came through: the quantized teacher, if it meets the budget by itself and its verdict is no fail."""
+        if teacher_int8 is None or not baseline.teacher_int8_fits:
+            return None
+        validated, folder = self._validate(None, baseline, baseline_dir, teacher_int8)
+        self._add(validated.rows, (), validated.parity)
+        return None if validated.verdict.outcome is Outcome.FAIL else self._finish(validated, folder, None, baseline, baseline_dir, found)
+
+    def _finish(
+        self, validated: ValidateOut, validate_dir: Path, attempt: _Attempt | None, baseline: BaselineOut, baseline_dir: Path, found: SearchOut
+    ) -> Result:
+        """Bundle and report what was judged. Of `attempt` nothing is bundled where the quantized teacher was chosen."""
         context = self.context
-        own = attempt.validated.chosen == "student"
-        report = report_data(context, self.rows, self.points, self.parity, found, attempt.distilled, attempt.validated, paths={"bundle": "bundle"})
+        own = attempt if validated.chosen == "student" else None
+        distilled = None if attempt is None else attempt.distilled
+        report = report_data(context, self.rows, self.points, self.parity, found, distilled, validated, paths={"bundle": "bundle"})
 
         def make(folder: Path, _: Path) -> BundleOut:
             return run_bundle(
                 context,
                 folder,
-                attempt.validated,
-                attempt.folders["validate"] / "deployed",
-                float_artifact=StoredArtifact(attempt.converted.artifact, attempt.folders["convert"] / "float")
+                validated,
+                validate_dir / "deployed",
+                float_artifact=StoredArtifact(own.converted.artifact, own.folders["convert"] / "float")
                 if own
                 else StoredArtifact(_present(baseline), baseline_dir / "teacher"),
-                spec=attempt.spec if own else None,
-                weights=attempt.folders["distil"] / "weights.safetensors" if own else None,
-                recipe=attempt.quantized.recipe if own else None,
+                spec=own.spec if own else None,
+                weights=own.folders["distil"] / "weights.safetensors" if own else None,
+                recipe=own.quantized.recipe if own else None,
                 teacher_test=load_outputs(baseline_dir / "teacher_test"),
                 ledger=Ledger(rows=tuple(self.rows)),
                 report=report,
             )
 
-        bundled, bundle_dir = context.store.run("bundle", {}, BundleOut, make)
+        if attempt is not None:
+            context.store.keys.update(attempt.keys)  # a later attempt may have ended without an artifact
+        inputs = {"ledger": Ledger(rows=tuple(self.rows)).digest(), "data": context.options.bundle_data_mb}
+        bundled, bundle_dir = context.store.run("bundle", inputs, BundleOut, make)
         self._add(bundled.rows)
         bundle = context.store.run_dir / "bundle"
         link_folder(bundle_dir / "bundle", bundle)
         if bundled.manifest.data_capped:
             link_folder(bundle_dir / "evaluation", context.store.run_dir / "evaluation")
         return self._close(
-            attempt.validated.verdict,
+            validated.verdict,
             bundle,
             msgspec.structs.replace(report, ledger=Ledger(rows=tuple(self.rows)), paths={"bundle": str(bundle)}),
-            attempt.spec if own else None,
-            attempt.validated.chosen,
+            own.spec if own else None,
+            validated.chosen,
         )
 
     def _close(self, verdict: Verdict, bundle: Path | None, report: ReportData, spec: StudentSpec | None, chosen: str) -> Result:
@@ -405,8 +435,8 @@ class _Road:
         )
         return self._no_artifact(baseline, found, found.certificate, check)
 
-    def _no_student(self, baseline: BaselineOut, found: SearchOut) -> Result:
-        reason = "no student came through: " + "; ".join(entry.reason for entry in self.rows if entry.decision == "rolled back" and entry.stage == "distil")
+    def _no_student(self, baseline: BaselineOut, found: SearchOut, rejected: str) -> Result:
+        reason = f"no student came through: {rejected}"
         return self._no_artifact(baseline, found, reason, Check(name="student", outcome=Outcome.FAIL, value=0.0, limit=1.0, unit="students", reason=reason))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from edgekd.benching import load_inputs
 from edgekd.contracts import Array, Target, Task
 from edgekd.data import Arrays
-from edgekd.errors import DataError
+from edgekd.errors import ConfigError, DataError, near_names
 from edgekd.onnx_io import import_onnx
 from edgekd.options import Options
 from edgekd.pipeline import Result, compress
@@ -21,11 +21,13 @@ from edgekd.spaces import Fixed
 from edgekd.stages import Listener
 from edgekd.tasks import Classification, MultiTask, Regression
 from edgekd.teachers import OnnxTeacher
+from edgekd.tree import first_line
 
 _SHARES = (0.4, 0.2)
 """Of the samples: calibration, then validation; the rest is the test split. A seeded shuffle comes first."""
 
 _FEWEST = 30
+_TASKS = ("classification", "regression")
 
 
 def quantize_only(
@@ -48,7 +50,10 @@ def quantize_only(
 
     Raises:
         ModelError, DataError: the file or the arrays cannot be used.
+        ConfigError: the task is none that this way knows.
     """
+    if isinstance(task, str) and task not in _TASKS:
+        raise ConfigError("unknown task", found=task, allowed=near_names(task, _TASKS))
     source = Path(model)
     with tempfile.TemporaryDirectory(prefix="edgekd-") as name:
         iospec = import_onnx(source, Path(name)).record.iospec
@@ -87,11 +92,7 @@ def _part(inputs: Mapping[str, Array], targets: Any, picks: Array) -> Arrays:
 def _targets(folder: Path, iospec: IOSpec, outputs: Mapping[str, Array], count: int, task: str | Task | None) -> tuple[Any, Task]:
     """The targets and what they mean: from the folder, else from the model's own outputs."""
     names = [spec.name for spec in iospec.outputs]
-    given: Any = None
-    if (folder / "targets.npy").is_file():
-        given = _load(folder / "targets.npy", count)
-    elif all((folder / f"targets.{name}.npy").is_file() for name in names):
-        given = {name: _load(folder / f"targets.{name}.npy", count) for name in names}
+    given = _given(folder, [spec.name for spec in iospec.inputs], names, count)
     if task is not None and not isinstance(task, str):
         if given is None:
             raise DataError("a task was given, but the folder holds no targets", found=str(folder), allowed="targets.npy", subject=str(folder))
@@ -109,6 +110,30 @@ def _targets(folder: Path, iospec: IOSpec, outputs: Mapping[str, Array], count: 
     return given or made, MultiTask({name: Classification() if kinds[name] else Regression() for name in names})
 
 
+def _given(folder: Path, inputs: list[str], outputs: list[str], count: int) -> Any:
+    """The targets in the folder: one array, one per output, or `None`. What is neither input nor target is refused: it may be misnamed labels."""
+    known = [*(f"{name}.npy" for name in inputs), "inputs.npy", "targets.npy", *(f"targets.{name}.npy" for name in outputs)]
+    for path in sorted(folder.glob("*.npy")):
+        if path.name not in known:
+            raise DataError(
+                "the folder holds an array that is neither an input nor a target",
+                found=path.name,
+                allowed=near_names(path.name, known),
+                hint="rename it or move it away",
+                subject=path,
+            )
+    if (folder / "targets.npy").is_file():
+        return _load(folder / "targets.npy", count)
+    files = {name: folder / f"targets.{name}.npy" for name in outputs}
+    missing = [path.name for path in files.values() if not path.is_file()]
+    if len(missing) == len(files):
+        return None
+    if missing:
+        raise DataError("some outputs have targets and some have none", found=f"{', '.join(missing)} missing", hint="give all or none", subject=str(folder))
+    arrays = {name: _load(path, count) for name, path in files.items()}
+    return arrays if len(arrays) > 1 else next(iter(arrays.values()))
+
+
 def _is_classes(output: Array, task: str | None, targets: Array | None) -> bool:
     if task is not None:
         return task == "classification"
@@ -121,7 +146,7 @@ def _load(path: Path, count: int) -> Array:
     try:
         value: Array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a plain array", found=str(error).splitlines()[0], hint="save it with numpy.save", subject=path) from error
-    if len(value) != count:
-        raise DataError(f"{path.name} does not have one entry per sample", found=len(value), allowed=count, subject=path)
+        raise DataError(f"{path} is not a plain array", found=first_line(error), hint="save it with numpy.save", subject=path) from error
+    if value.ndim == 0 or len(value) != count:
+        raise DataError(f"{path.name} does not have one entry per sample", found=len(value) if value.ndim else "one number", allowed=count, subject=path)
     return value

@@ -16,11 +16,28 @@ from edgekd.errors import StorageError
 _CHUNK = 1 << 20
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK = (*_FULL, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+
+
+def _is_full(error: OSError) -> bool:
+    """Whether the disk, a quota or a limit on file sizes ended a write; numpy tells of a short write without a number."""
+    return error.errno in _FULL or (error.errno is None and "written" in str(error))
+
+
+def _concerns(error: OSError, folders: tuple[Path, ...]) -> bool:
+    """Whether the error is about writing below `folders`, and not about a file that the block itself reads elsewhere."""
+    if error.errno in _DISK or _is_full(error):
+        return True
+    names = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return any(name.is_relative_to(folder) for name in names for folder in folders)
+
+
 def _storage_error(path: Path, error: OSError) -> StorageError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = _is_full(error)
     return StorageError(
         f"{path} could not be written",
-        found="no space left on the device" if full else error.strerror,
+        found=f"no space left ({error.strerror or error})" if full else error.strerror or str(error),
         hint="free some space and run the same command again: finished stages are kept" if full else "check the path and its permissions",
         subject=path,
     )
@@ -63,7 +80,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 def folder_atomic(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends well, and vanishes when it does not.
 
-    Every file in it is synced before the rename. An existing `final` is replaced.
+    Every file in it is synced before the rename. An existing `final` is replaced. An `OSError` of the block that has nothing to do
+    with this folder (a data file that cannot be read) goes through as it is.
 
     Raises:
         StorageError: the disk is full or the path is not writable.
@@ -93,6 +111,8 @@ def folder_atomic(final: Path) -> Iterator[Path]:
         sync_folder(final.parent)
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
+        if not _concerns(error, (work, final.parent)):
+            raise
         raise _storage_error(final, error) from error
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -114,14 +134,22 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def copy_file(source: Path, destination: Path) -> None:
-    """Copy a file whole.
+    """Copy a file whole or not at all; what was at the destination before stays when the copy fails.
 
     Raises:
         StorageError: the disk is full or the destination is not writable.
     """
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, destination)
+        handle, name = tempfile.mkstemp(prefix=f".{destination.name}.", dir=destination.parent)
+        try:
+            os.close(handle)
+            shutil.copyfile(source, name)
+            os.chmod(name, 0o644)
+            os.replace(name, destination)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise _storage_error(destination, error) from error
 

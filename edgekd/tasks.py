@@ -310,4 +310,8 @@ def task_from(described: Mapping[str, str]) -> Task:
 
 def as_task(task: str | Task) -> Task:
     """The task itself, or the one with this name (`"classification"`, `"regression"`)."""
-    return task_from({"task": task}) if isinstance(task, str) else task
+    if isinstance(task, str):
+        return task_from({"task": task})
+    if not isinstance(task, Task):
+        raise ConfigError("this is no task", found=type(task).__name__, allowed='"classification", "regression", or a Task such as edgekd.MultiTask')
+    return task

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.contracts import Array, Teacher, Tensors
 from edgekd.errors import MissingDependency, ModelError
 from edgekd.provenance import architecture_hash, code_hash
-from edgekd.storage import sha256_file
-from edgekd.tree import flatten_outputs, to_numpy
+from edgekd.storage import sha256_bytes, sha256_file
+from edgekd.tree import first_line, flatten_outputs, to_numpy
 
 if TYPE_CHECKING:
     import torch
@@ -19,15 +19,48 @@ if TYPE_CHECKING:
 _CHUNK = 256
 
 
-def _chunks(inputs: Tensors) -> list[dict[str, Array]]:
-    count = len(next(iter(inputs.values())))
-    return [{name: value[start : start + _CHUNK] for name, value in inputs.items()} for start in range(0, count, _CHUNK)]
+_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError)
+"""What a model raises on inputs that it does not take."""
 
 
-def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
+def _run(name: str, inputs: Tensors, call: Callable[[dict[str, Array]], Any], *, batch: int = 0, refusals: tuple[type[Exception], ...] = _REFUSALS) -> Any:
+    """Named outputs of all items, `(items, ...)`, by calling the model on a part at a time.
+
+    A model whose batch is fixed gets parts of `batch` items, the last one filled up with its last item, which is cut off again.
+    """
     import numpy as np
 
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    count, step = len(next(iter(inputs.values()))), batch or _CHUNK
+    parts: list[dict[str, Array]] = []
+    for start in range(0, count, step):
+        part = {key: value[start : start + step] for key, value in inputs.items()}
+        taken = len(next(iter(part.values())))
+        if taken < batch:
+            part = {key: np.concatenate([value, np.repeat(value[-1:], batch - taken, axis=0)]) for key, value in part.items()}
+        try:
+            raw = call(part)
+        except ModelError:
+            raise
+        except refusals as error:
+            shown = ", ".join(f"{key} {value.dtype} {tuple(value.shape)}" for key, value in part.items())
+            raise ModelError(
+                f"the teacher {name} does not accept the data",
+                found=f"inputs {shown}: {first_line(error)}",
+                hint="check the shape and dtype of the items and the order of the inputs",
+                subject=name,
+            ) from error
+        outputs = {key: to_numpy(value) for key, value in flatten_outputs(raw).items()}
+        for key, value in outputs.items():
+            if value.ndim == 0 or len(value) != max(taken, batch):
+                raise ModelError(
+                    f"the teacher's output {key!r} does not hold one entry per item",
+                    found=f"shape {tuple(value.shape)} for {max(taken, batch)} items",
+                    allowed="(items, ...)",
+                    hint="leave it out of what the teacher returns",
+                    subject=key,
+                )
+        parts.append({key: value[:taken] for key, value in outputs.items()})
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def forward_names(module: torch.nn.Module) -> tuple[str, ...]:
@@ -52,33 +85,52 @@ class TorchTeacher:
     def outputs(self, inputs: Tensors) -> dict[str, Array]:
         import torch
 
-        was_training = self._module.training
+        modes = [(part, part.training) for part in self._module.modules()]
         self._module.eval()
         try:
-            parts = []
             with torch.no_grad():
-                for chunk in _chunks(inputs):
-                    try:
-                        raw = self._module(*(torch.from_numpy(value) for value in chunk.values()))
-                    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-                        shapes = {name: tuple(value.shape) for name, value in chunk.items()}
-                        raise ModelError(
-                            f"the teacher {self.name} does not accept the data",
-                            found=f"inputs {shapes}: {str(error).splitlines()[0]}",
-                            hint="check the shape of the items and the order of the inputs",
-                            subject=self.name,
-                        ) from error
-                    parts.append({name: to_numpy(value) for name, value in flatten_outputs(raw).items()})
+                found: dict[str, Array] = _run(self.name, inputs, lambda part: self._module(*(torch.from_numpy(value) for value in part.values())))
         finally:
-            self._module.train(was_training)
-        return _joined(parts)
+            for part, training in modes:
+                part.training = training
+        return found
 
     def weights_hash(self) -> str:
         return architecture_hash(self._module)
 
 
+class ExportedTeacher:
+    """A teacher that is a `torch.export.ExportedProgram`; it runs as it was exported, in batches of the size it was exported with
+    where that is fixed. It has no module: the graph has one mode and no layers to tap, so it cannot be measured on the target."""
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        self.name = "exported program"
+        self.module: torch.nn.Module | None = None
+        self._program = program
+        self._graph = program.module()
+
+    def outputs(self, inputs: Tensors) -> dict[str, Array]:
+        import torch
+
+        with torch.no_grad():
+            found: dict[str, Array] = _run(
+                self.name, inputs, lambda part: self._graph(*(torch.from_numpy(value) for value in part.values())), batch=self._batch()
+            )
+        return found
+
+    def _batch(self) -> int:
+        """The fixed size of the first axis of the inputs; 0 where it is free."""
+        names = set(self._program.graph_signature.user_inputs)
+        shapes = [node.meta["val"].shape for node in self._program.graph.nodes if node.op == "placeholder" and node.name in names]
+        sizes = {int(shape[0]) for shape in shapes if len(shape) and isinstance(shape[0], int)}
+        return max(sizes, default=0)
+
+    def weights_hash(self) -> str:
+        return sha256_bytes((architecture_hash(self._graph) + str(self._program.graph)).encode())
+
+
 class OnnxTeacher:
-    """A teacher that is an ONNX file; runs on the host's CPU with ONNX Runtime, sample by sample if its batch axis is fixed at 1."""
+    """A teacher that is an ONNX file; runs on the host's CPU with ONNX Runtime, in batches of the file's size where that is fixed."""
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -99,8 +151,8 @@ class OnnxTeacher:
             options.intra_op_num_threads = 1
             try:
                 self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-            except Exception as error:
-                raise ModelError("the teacher's ONNX file cannot be run", found=str(error).splitlines()[0], subject=self.path) from error
+            except _ort_errors() as error:
+                raise ModelError("the teacher's ONNX file cannot be run", found=first_line(error), hint="export it again", subject=self.path) from error
         return self._session
 
     def outputs(self, inputs: Tensors) -> dict[str, Array]:
@@ -108,20 +160,33 @@ class OnnxTeacher:
         specs = session.get_inputs()
         if sorted(spec.name for spec in specs) != sorted(inputs):
             raise ModelError("the data do not name the ONNX teacher's inputs", found=sorted(inputs), allowed=[spec.name for spec in specs])
-        count = len(next(iter(inputs.values())))
-        step = 1 if any(spec.shape and spec.shape[0] == 1 for spec in specs) else _CHUNK
+        sizes = [spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)]
         names = [output.name for output in session.get_outputs()]
-        parts = []
-        for start in range(0, count, step):
-            feed = {name: value[start : start + step] for name, value in inputs.items()}
-            try:
-                parts.append(dict(zip(names, session.run(None, feed), strict=True)))
-            except Exception as error:
-                raise ModelError("the ONNX teacher does not accept the data", found=str(error).splitlines()[0], subject=self.path) from error
-        return _joined(parts)
+        found: dict[str, Array] = _run(
+            self.name,
+            inputs,
+            lambda part: dict(zip(names, session.run(None, part), strict=True)),
+            batch=max(sizes, default=0),
+            refusals=(*_REFUSALS, *_ort_errors()),
+        )
+        return found
 
     def weights_hash(self) -> str:
         return sha256_file(self.path)
+
+
+def _ort_errors() -> tuple[type[Exception], ...]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+    return (
+        states.Fail,
+        states.InvalidArgument,
+        states.InvalidGraph,
+        states.InvalidProtobuf,
+        states.NoSuchFile,
+        states.NotImplemented,
+        states.RuntimeException,
+    )
 
 
 class CallableTeacher:
@@ -133,7 +198,8 @@ class CallableTeacher:
         self._function = function
 
     def outputs(self, inputs: Tensors) -> dict[str, Array]:
-        return _joined([{name: to_numpy(value) for name, value in flatten_outputs(self._function(chunk)).items()} for chunk in _chunks(inputs)])
+        found: dict[str, Array] = _run(self.name, inputs, self._function)
+        return found
 
     def weights_hash(self) -> str:
         return code_hash(self._function)
@@ -159,7 +225,7 @@ def as_teacher(teacher: Any) -> Teacher:
     if hasattr(teacher, "state_dict") and hasattr(teacher, "forward"):
         return TorchTeacher(teacher)
     if hasattr(teacher, "graph_signature") and callable(getattr(teacher, "module", None)):
-        return TorchTeacher(teacher.module())
+        return ExportedTeacher(teacher)
     if callable(teacher):
         return CallableTeacher(teacher)
     raise ModelError(

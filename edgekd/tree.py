@@ -39,6 +39,11 @@ def flatten_outputs(outputs: Any) -> dict[str, Any]:
     return flat
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def to_numpy(value: Any) -> Any:
     """A tensor (of torch or any library with `numpy()`), array or scalar as a numpy array without gradients."""
     import numpy as np

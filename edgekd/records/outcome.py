@@ -156,7 +156,10 @@ class Point(Record, tag="edgekd.point/1", frozen=True, kw_only=True):
 
 
 class Manifest(Record, tag="edgekd.manifest/1", frozen=True, kw_only=True):
-    """What a bundle holds and claims; `files` maps every file of the bundle but the manifest to its SHA-256."""
+    """What a bundle holds and claims; `files` maps every file of the bundle but the manifest to its SHA-256.
+
+    `evaluation` does so for evaluation data that were over the cap and lie elsewhere. `seal` is the digest of the manifest without it.
+    """
 
     edgekd: str
     created_at: str
@@ -176,3 +179,5 @@ class Manifest(Record, tag="edgekd.manifest/1", frozen=True, kw_only=True):
     data_capped: bool = False
     proven_on_hardware: bool = False
     stage_keys: dict[str, str] = {}
+    evaluation: dict[str, str] = {}
+    seal: str = ""
