@@ -12,9 +12,11 @@ import numpy as np
 
 from edgekd.contracts import Target
 from edgekd.launching import Bench, Progress, Subject, by_label, cache_path, cached, structure_hash
-from edgekd.records import Grade, Launch, Limits, Measurement
+from edgekd.records import Grade, Launch, Limits, Measurement, Record
 from edgekd.stats import CONFIDENCE, percentile_of, student_quantile
 from edgekd.validity import causes, validity_reason
+
+_PENDING = ".pending"
 
 LOW = 10.0
 """The percentile of a launch's inferences that candidates are ranked by: interference is one-sided, it only slows inferences down."""
@@ -105,6 +107,8 @@ def screen(
     """
     plan = target.profile.measure.screen
     wanted = by_label(subjects)
+    if cache_dir is not None:
+        _settle(cache_dir / "screen")
     paths: dict[str, Path] = {}
     found: dict[str, Measurement] = {}
     for label, subject in wanted.items():
@@ -119,10 +123,33 @@ def screen(
     fresh = {label: subject for label, subject in wanted.items() if label not in found}
     if fresh:
         found |= _measure(target, fresh, limits, seed, progress)
-    for label in fresh:
-        if label in paths and found[label].valid and len(found[label].launches) >= plan.launches:
-            found[label].save(paths[label])
+    if cache_dir is not None:
+        good = {paths[label].name: found[label] for label in fresh if found[label].valid and len(found[label].launches) >= plan.launches}
+        _store(cache_dir / "screen", good)
     return rank({label: found[label] for label in wanted}, percentile)
+
+
+class _Together(Record, tag="edgekd.screen_together/1", frozen=True, kw_only=True):
+    """Measurements that were taken together, by the names of their files in the cache."""
+
+    files: dict[str, Measurement]
+
+
+def _store(folder: Path, files: Mapping[str, Measurement]) -> None:
+    """Cache what was measured together, all or nothing: a process killed here neither measures a part again nor ranks a part alone."""
+    if files:
+        together = _Together(files=dict(files))
+        together.save(folder / f"{together.digest()[:40]}{_PENDING}")
+        _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """File away what a process, this one or one that was killed, has measured."""
+    for pending in sorted(folder.glob(f"*{_PENDING}")):
+        together = cached(pending, _Together)
+        for name, measurement in together.files.items() if together is not None else ():
+            measurement.save(folder / name)
+        pending.unlink(missing_ok=True)
 
 
 def _measure(target: Target, fresh: Mapping[str, Subject], limits: Limits, seed: int, progress: Progress | None) -> dict[str, Measurement]:

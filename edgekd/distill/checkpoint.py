@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from edgekd.distill.record import TrainState
@@ -110,7 +110,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     final = folder / f"{_PREFIX}{checkpoint.state.step:09d}-{checkpoint.state.epoch:06d}"
     with folder_atomic(final) as work:
         for part, tensors in checkpoint.tensors.items():
-            save_file(tensors, work / f"{part}.safetensors")
+            (work / f"{part}.safetensors").write_bytes(save(tensors))  # save_file hides a full disk behind an error of its own
         (work / "state.json").write_bytes(msgspec.json.format(checkpoint.state.to_json(), indent=1))
     for path in older:
         if path != final:
