@@ -158,7 +158,7 @@ def test_regression_scores_of_several_values_are_weighted_by_variance() -> None:
 
 def test_multi_task_scores_are_the_mean_of_its_parts() -> None:
     task = MultiTask({"kind": Classification(), "size": Regression(output="value")})
-    outputs = {"kind": LOGITS["output"], "value": RANDOM.standard_normal((6, 1))}
+    outputs: dict[str, Any] = {"kind": LOGITS["output"], "value": RANDOM.standard_normal((6, 1))}
     targets = {"kind": np.array([0, 1, 2, 3, 0, 1]), "size": RANDOM.standard_normal(6)}
     task.check(outputs, targets)
     own = Classification().scores(LOGITS, targets["kind"]), Regression().scores({"value": outputs["value"]}, targets["size"])
