@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from edgekd.errors import ConfigError, StorageError
+from edgekd.errors import ConfigError, InputError, StorageError
 from edgekd.keys import stage_key
 from edgekd.records.base import Record
 from edgekd.storage import folder_atomic
@@ -21,6 +21,9 @@ from edgekd.storage import folder_atomic
 R = TypeVar("R", bound=Record)
 
 _OUTPUT = "output.json"
+_JOURNAL = "events.jsonl"
+_OUTPUTS = ("bundle", "evaluation", "ledger.json", "report.json", "report.html", "run.json", "demo.json")
+"""What a run writes beside its stages."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,16 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("baseline", 1, (), "export and measure the teacher; does quantizing alone do?"),
-    Stage("search", 1, ("baseline",), "choose students that fit the budget as measured; rank them by short trainings"),
+    Stage("search", 1, (), "choose students that fit the budget as measured; rank them by short trainings"),
     Stage("distil", 1, ("search",), "train the student from the teacher"),
     Stage("convert", 1, ("distil",), "export the student and compare it with its source"),
     Stage("quantize", 1, ("convert",), "make int8 where it is faster and accurate enough"),
     Stage("validate", 1, ("baseline", "quantize"), "verdict-grade latency and accuracy of the artifact, on the device"),
     Stage("bundle", 1, ("validate",), "artifact, manifest, ledger and evaluation data"),
 )
-"""In order. `connect` and `plan` come before the first and leave nothing on disk. The parity of each hop is part of the stage that makes the hop."""
+"""In order. `connect` and `plan` come before the first and leave nothing on disk. The parity of each hop is part of the stage that makes the hop.
+The search takes two values of the baseline, the latency limit and the limits of validity; they are in its key, so that a baseline that is
+done again with the same result does not repeat the search and the training."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,7 @@ class StageStore:
             (self.run_dir / "stages").mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.run_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise StorageError(
-                "the run folder cannot be written", found=f"{self.run_dir}: {error.strerror}", hint="choose another run_dir", subject=self.run_dir
-            ) from error
+            raise self._unwritable(error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -86,7 +89,30 @@ class StageStore:
             raise ConfigError(
                 "another process works in this run folder", found=str(self.run_dir), hint="wait for it, or choose another run_dir", subject=self.run_dir
             ) from error
+        try:
+            self._clean()
+        except OSError as error:
+            os.close(self._lock)
+            raise self._unwritable(error) from error
         return self
+
+    def _unwritable(self, error: OSError) -> StorageError:
+        return StorageError("the run folder cannot be written", found=f"{self.run_dir}: {error.strerror}", hint="choose another run_dir", subject=self.run_dir)
+
+    def _clean(self) -> None:
+        """Remove what writers that were killed left behind, and nothing else; the lock is held, so none is at work."""
+        names = [f"stages/.{stage.name}-*" for stage in STAGES] + [f".{name}.*" for name in _OUTPUTS]
+        for leftover in [path for name in names for path in self.run_dir.glob(name)]:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+        journal = self.run_dir / _JOURNAL
+        if journal.is_file():
+            data = journal.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(journal, whole)
 
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
@@ -96,7 +122,7 @@ class StageStore:
         event = Event(stage, kind, text, key, round(seconds, 3))
         line = msgspec.json.encode(event) + b"\n"
         try:
-            with (self.run_dir / "events.jsonl").open("ab") as stream:
+            with (self.run_dir / _JOURNAL).open("ab") as stream:
                 stream.write(line)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -123,10 +149,12 @@ class StageStore:
         key = stage_key(name, stage.version, known, inputs)
         self.keys[name] = key
         final = self.run_dir / "stages" / f"{name}-{key[:16]}"
-        if (final / _OUTPUT).is_file():
-            self.tell(name, "reused", stage.about, key=key)
-            return output.load(final / _OUTPUT), final
         scratch = self.run_dir / "work" / f"{name}-{key[:16]}"
+        if (final / _OUTPUT).is_file():
+            record = _stored(output, final)
+            shutil.rmtree(scratch, ignore_errors=True)  # still there if the process was killed just after the stage was finished
+            self.tell(name, "reused", stage.about, key=key)
+            return record, final
         try:
             scratch.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -141,3 +169,16 @@ class StageStore:
         shutil.rmtree(scratch, ignore_errors=True)
         self.tell(name, "finished", stage.about, key=key, seconds=time.monotonic() - start)
         return record, final
+
+
+def _stored(output: type[R], folder: Path) -> R:
+    """The record that a finished stage left. It was written whole: what cannot be read was changed since."""
+    try:
+        return output.load(folder / _OUTPUT)
+    except InputError as error:
+        raise InputError(
+            "the output of a finished stage was changed or damaged",
+            found=f"{folder / _OUTPUT}: {error.found}",
+            hint=f"remove the folder {folder}; the same command does this stage again",
+            subject=folder / _OUTPUT,
+        ) from error
