@@ -26,7 +26,8 @@ class FeaturePair(Record, tag="edgekd.feature_pair/1", frozen=True, kw_only=True
 class TrainOptions(Record, tag="edgekd.train_options/1", frozen=True, kw_only=True):
     """How the student is trained. `loss="auto"` takes logit standardization (LSKD) above four classes, Hinton KD below, and
     MSE for regression. `teacher_outputs="auto"` caches them per view when that is faster, measured at the start.
-    Weights of `None` take the defaults of the loss. `threads=0` leaves torch's own choice.
+    Weights of `None` take the defaults of the loss. `threads=0` takes all of torch's threads or one, whichever a
+    probe at the start finds faster; runs are equal to the byte only with `threads=1`.
     """
 
     epochs: Positive = 60

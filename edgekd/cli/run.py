@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,11 @@ def demo(run_dir: Path, target: str, overrides: tuple[str, ...], seed: int, acce
     from edgekd.demo import run_demo
     from edgekd.distill.progress import ProgressBar
 
+    start = time.monotonic()
     result = run_demo(run_dir, seed=seed, target=target, overrides=overrides, callbacks=(ProgressBar(),), listener=tell, accept_simulated=accept_simulated)
-    return _print_result(result, as_json)
+    code = _print_result(result, as_json)
+    click.echo(f"wall time of the demo: {time.monotonic() - start:.0f} s", err=as_json)
+    return code
 
 
 @click.command()

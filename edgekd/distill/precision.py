@@ -1,10 +1,10 @@
-"""Which arithmetic trains fastest here: a short timing of fp32, bf16 and channels-last before the training."""
+"""What trains fastest here: short timings of threads, and of fp32, bf16 and channels-last, before the training."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,40 @@ def _pass_ms(module: nn.Module, inputs: Sequence[Tensor], bf16: bool) -> float:
     return (time.perf_counter_ns() - start) / 1e6
 
 
+@contextlib.contextmanager
+def _untouched(module: nn.Module, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """A block after which the module's weights, buffers, gradients and memory layout and the random state are as before."""
+    saved = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    devices = [inputs[0].device] if inputs[0].device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    module.load_state_dict(saved)
+    module.zero_grad(set_to_none=True)
+
+
+def probe_threads(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[int, str]:
+    """The number of CPU threads to train with, all of torch's or one, and why.
+
+    Means of interleaved passes are compared, not minima: on cores that are shared with other work, threads wait for each other at
+    every operation, and a pass on all of them can take many times as long as on one.
+    """
+    every = torch.get_num_threads()
+    spent: dict[int, list[float]] = {every: [], 1: []}
+    try:
+        with _untouched(module, inputs):
+            for _ in range(_ROUNDS):
+                for threads, seen in spent.items():
+                    torch.set_num_threads(threads)
+                    seen.append(_pass_ms(module, inputs, bf16=False))
+    finally:
+        torch.set_num_threads(every)
+    means = {threads: sum(seen[1:]) / (len(seen) - 1) for threads, seen in spent.items()}
+    chosen = every if means[every] <= means[1] else 1
+    shown = ", ".join(f"{threads} {value:.2f} ms" for threads, value in means.items())
+    return chosen, f"{chosen} of {every} threads, by a probe at the start (mean forward and backward of one batch: {shown})"
+
+
 def probe_precision(module: nn.Module, inputs: Sequence[Tensor]) -> PrecisionChoice:
     """The fastest of fp32 and bf16, each with and without channels-last where an input has four axes.
 
@@ -55,11 +89,9 @@ def probe_precision(module: nn.Module, inputs: Sequence[Tensor]) -> PrecisionCho
     """
     layouts = (False, True) if any(value.ndim == 4 for value in inputs) else (False,)
     variants = [(bf16, last) for bf16 in (False, True) for last in layouts]
-    saved = {name: value.detach().clone() for name, value in module.state_dict().items()}
     times: dict[tuple[bool, bool], float] = {}
     refused: list[str] = []
-    devices = [inputs[0].device] if inputs[0].device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with _untouched(module, inputs):
         for round_number in range(_ROUNDS):
             for variant in list(variants):
                 bf16, last = variant
@@ -76,9 +108,6 @@ def probe_precision(module: nn.Module, inputs: Sequence[Tensor]) -> PrecisionCho
                     continue
                 if round_number:
                     times[variant] = min(spent, times.get(variant, spent))
-    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    module.load_state_dict(saved)
-    module.zero_grad(set_to_none=True)
     return _choose(times, refused)
 
 

@@ -71,6 +71,7 @@ class ProgressBar:
         self._out().print(f"distil {self._label}: {text}" if self._label else f"distil: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def on_end(self) -> None:
+        self._label = ""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -12,7 +12,7 @@ from edgekd.contracts import Task
 from edgekd.data import Batch, Split
 from edgekd.distill.features import FeatureLoss, FeatureTaps
 from edgekd.distill.losses import DEFAULT_WEIGHTS, resolve_kind
-from edgekd.distill.precision import PrecisionChoice, fixed_choice, probe_precision
+from edgekd.distill.precision import PrecisionChoice, fixed_choice, probe_precision, probe_threads
 from edgekd.distill.record import TrainPlan, TrainState
 from edgekd.distill.sources import FEATURE_PREFIX, Say, TeacherRunner, TeacherSource, as_tensors, open_source
 from edgekd.distill.trainer import Objective, has_batch_norm
@@ -141,6 +141,11 @@ def decide(
 ) -> tuple[TrainPlan, TeacherSource | None]:
     """The plan and the source of teacher outputs; what an earlier process decided (`plan`, `state`) is kept."""
     inputs: Sequence[Tensor] = list(as_tensors(batch.inputs, device).values())
+    if not options.threads and device.type == "cpu" and torch.get_num_threads() > 1:
+        student.train()
+        threads, reason = probe_threads(student, inputs)
+        torch.set_num_threads(threads)
+        say(f"threads: {reason}")
     if plan is not None:
         choice = PrecisionChoice(plan.precision, plan.channels_last, plan.precision_reason, plan.probe_ms)
     elif options.precision == "auto":
