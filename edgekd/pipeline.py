@@ -237,6 +237,8 @@ class _Road:
         self.parity: list[HopParity] = []
         self.done: list[DistilOut | ConvertOut | QuantizeOut] = []
         """The stages that the attempt at hand has behind it."""
+        self.teacher_missed = False
+        """The quantized teacher was judged and missed the budget: it competes no more."""
 
     def run(self) -> Result:
         context = self.context
@@ -321,7 +323,12 @@ class _Road:
             lambda folder, scratch: run_quantize(context, folder, scratch, baseline, source, teacher_scores),
         )
         self.done.append(quantized)
-        validated, validate_dir = self._validate(StoredArtifact(quantized.artifact, quantize_dir / "chosen"), baseline, baseline_dir, teacher_int8)
+        student = StoredArtifact(quantized.artifact, quantize_dir / "chosen")
+        validated, validate_dir = self._validate(student, baseline, baseline_dir, None if self.teacher_missed else teacher_int8)
+        if validated.chosen != "student" and _another_may_do_better(validated.verdict):
+            self.teacher_missed, missed = True, validated
+            validated, validate_dir = self._validate(student, baseline, baseline_dir, None)
+            validated = msgspec.structs.replace(validated, rows=(*missed.rows, *validated.rows), parity=(*missed.parity, *validated.parity))
         folders = {"distil": distil_dir, "convert": convert_dir, "quantize": quantize_dir, "validate": validate_dir}
         return _Attempt(distilled.spec, distilled, converted, quantized, validated, folders, dict(store.keys))
 
@@ -340,7 +347,8 @@ class _Road:
                 teacher_test=load_outputs(baseline_dir / "teacher_test"),
             )
 
-        inputs = validate_inputs(self.context, "student" if student is not None else "teacher int8")
+        subjects = [name for name, model in (("student", student), ("teacher int8", teacher_int8)) if model is not None]
+        inputs = validate_inputs(self.context, " or ".join(subjects))
         return self.context.store.run("validate", inputs, ValidateOut, validate)
 
     def _teacher_alone(self, baseline: BaselineOut, baseline_dir: Path, teacher_int8: StoredArtifact | None, found: SearchOut) -> Result | None:

@@ -22,7 +22,10 @@ from edgekd.verdict import check_plausible
 
 
 class BaselineOut(Record, tag="edgekd.stage_baseline/1", frozen=True, kw_only=True):
-    """`limit_ms` is the latency limit that the search works against; `None` artifacts do not exist for this teacher."""
+    """`limit_ms` is the latency limit that the search works against; `None` artifacts do not exist for this teacher.
+
+    `teacher_int8_fits`: on screen-grade evidence the quantized teacher meets the whole budget.
+    """
 
     teacher: Artifact | None
     teacher_int8: Artifact | None
@@ -32,6 +35,7 @@ class BaselineOut(Record, tag="edgekd.stage_baseline/1", frozen=True, kw_only=Tr
     points: tuple[Point, ...]
     parity: tuple[HopParity, ...]
     rows: tuple[LedgerRow, ...]
+    teacher_int8_fits: bool = False
 
 
 def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
@@ -62,6 +66,10 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
         device = context.device_outputs(exported, {name: value[: context.options.parity_samples] for name, value in validation.inputs.items()})
         part = {name: value[: context.options.parity_samples] for name, value in outputs.items()}
         parity.append(compare_hop("teacher -> onnx", part, device, precision=Precision.FP32, agreement=float(context.task.agreement(device, part).mean())))
+        if not parity[0].passed:
+            rows.append(
+                row(context, "baseline", "teacher -> onnx", "noted", _diverges(parity[0], "its latency stands for another network, and it does not compete"))
+            )
         screened = context.screen({"teacher": exported})["teacher"]
         if not screened.measurement.valid:
             raise MeasurementInvalid(
@@ -74,8 +82,9 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
         rows.append(row(context, "baseline", "teacher as it is", "noted", "the reference", after=score(screened, exported, teacher_scores)))
     limit_ms = _limit(context, screened)
     own_file = getattr(context.space, "onnx", None) is not None  # quantizing the file is then the road itself
-    if exported is not None and screened is not None and context.wants(Precision.INT8) and not own_file:
-        int8 = _quantized_teacher(context, exported, screened, folder, scratch, limit_ms, rows, points)
+    fits = False
+    if exported is not None and screened is not None and parity[0].passed and context.wants(Precision.INT8) and not own_file:
+        int8, fits = _quantized_teacher(context, exported, screened, folder, scratch, limit_ms, rows, points, parity)
     return BaselineOut(
         teacher=None if exported is None else exported.record,
         teacher_int8=None if int8 is None else int8.record,
@@ -85,7 +94,13 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
         points=tuple(points),
         parity=tuple(parity),
         rows=tuple(rows),
+        teacher_int8_fits=fits,
     )
+
+
+def _diverges(parity: HopParity, consequence: str) -> str:
+    bad = next(tensor for tensor in parity.tensors if not tensor.passed)
+    return f"diverges at the hop {parity.hop!r}, {bad.name}: {bad.reason}; {consequence}"
 
 
 def _limit(context: Context, screened: Screened | None) -> float:
@@ -126,8 +141,9 @@ def _quantized_teacher(
     limit_ms: float,
     rows: list[LedgerRow],
     points: list[Point],
-) -> StoredArtifact | None:
-    """The int8 teacher, if it can be made: an answer that needs no training, and a contender for the bundle."""
+    parity: list[HopParity],
+) -> tuple[StoredArtifact | None, bool]:
+    """The int8 teacher, if it can be made, and whether it fits the budget: an answer that needs no training, and a contender for the bundle."""
     validation = context.validation.all()
     device = context.device_outputs(exported, validation.inputs)
     options = msgspec.structs.replace(context.options.quantize, methods=("minmax",))
@@ -135,13 +151,19 @@ def _quantized_teacher(
         result = to_int8(context, exported, scratch / "teacher-int8", validation=validation, reference=device, options=options, allowed_drop=float("inf"))
     except Rejected as error:
         rows.append(row(context, "baseline", "quantize the teacher alone", "skipped", str(error), before=score(screened, exported, None)))
-        return None
+        return None, False
     kept = result.artifact.copy_to(folder / "teacher-int8")
     seen = context.screen({"teacher int8": kept})["teacher int8"]
     scores = np.asarray(result.scores)
     teacher_scores = context.task.scores(device, validation.targets)
     place = standing(kept, seen, scores, teacher_scores, context.budget, limit_ms, student="teacher")
     points.append(point(seen, precision=Precision.INT8, role="teacher", accuracy=float(scores.mean())))
+    samples = context.options.parity_samples
+    part = {name: value[:samples] for name, value in device.items()}
+    int8_part = context.device_outputs(kept, {name: value[:samples] for name, value in validation.inputs.items()})
+    agreement = float(context.task.agreement(int8_part, part).mean())
+    hop = compare_hop("teacher onnx -> int8", part, int8_part, precision=Precision.INT8, agreement=agreement)
+    parity.append(hop)
     reason = (
         "within the budget without any training: it competes with the student" if place.meets_budget else f"not enough alone: the limit is {limit_ms:.4g} ms"
     )
@@ -150,13 +172,13 @@ def _quantized_teacher(
             context,
             "baseline",
             "quantize the teacher alone",
-            "noted",
-            reason,
+            "noted" if hop.passed else "rolled back",
+            reason if hop.passed else _diverges(hop, "it does not compete"),
             before=score(screened, exported, teacher_scores),
             after=score(seen, kept, scores),
         )
     )
-    return kept
+    return (kept, place.meets_budget) if hop.passed else (None, False)
 
 
 def _save(folder: Path, outputs: Tensors) -> None:

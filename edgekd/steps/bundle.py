@@ -8,7 +8,7 @@ import msgspec
 
 from edgekd import __version__
 from edgekd.artifact import StoredArtifact
-from edgekd.bundle import copy_tree, model_card, save_evaluation, seal, utc_now, versions, write_text
+from edgekd.bundle import copy_tree, file_hashes, model_card, save_evaluation, seal, utc_now, versions, write_text
 from edgekd.contracts import Tensors
 from edgekd.records import Ledger, LedgerRow, Manifest, Measurement, QuantRecipe, Record, StudentSpec
 from edgekd.report.data import ReportData
@@ -62,17 +62,10 @@ def run_bundle(
     if not capped:
         copy_tree(evaluation, place / "evaluation")
     Evidence(measurements=validated.measurements).save(place / "evidence.json")
-    rows: tuple[LedgerRow, ...] = ()
-    if capped:
-        rows = (
-            row(
-                context,
-                "bundle",
-                "evaluation data",
-                "noted",
-                f"{size / 1e6:.1f} MB is over the cap of {context.options.bundle_data_mb:g} MB: not in the bundle, a gate needs --data",
-            ),
-        )
+    items = len(next(iter(test.inputs.values())))
+    held = f"{items} items, {size / 1e6:.1f} MB: a gate needs nothing else"
+    over = f"{size / 1e6:.1f} MB is over the cap of {context.options.bundle_data_mb:g} MB: not in the bundle, a gate needs --data"
+    rows = (row(context, "bundle", "evaluation data", "noted" if capped else "kept", over if capped else held),)
     msgspec.structs.replace(ledger, rows=(*ledger.rows, *rows)).save(place / "ledger.json")
     write_report(report, place / "report.html")
     manifest = Manifest(
@@ -92,6 +85,7 @@ def run_bundle(
         teacher={"name": context.teacher.name, "accuracy": validated.teacher_accuracy, "weights": context.teacher.weights_hash()[:16]},
         seed=context.seed,
         data_capped=capped,
+        evaluation=file_hashes(evaluation) if capped else {},
         proven_on_hardware=context.target.profile.proven_on_hardware,
         stage_keys=dict(context.store.keys),
     )

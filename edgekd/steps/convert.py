@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import Tensors
 from edgekd.errors import ParityRejected
 from edgekd.onnx_io import import_onnx
 from edgekd.parity import compare_hop
@@ -24,7 +28,7 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
 
     Raises:
         ConversionRejected: the exporter refused the student.
-        ParityRejected: the file computes something else; the message names the hop and the tensor.
+        ParityRejected: the file computes something else; the message names the hop and the tensor, the subject is the `HopParity`.
     """
     place = folder / "float"
     place.mkdir()
@@ -48,15 +52,30 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
     device = context.device_outputs(model, inputs)
     parity = compare_hop(hop, reference, device, precision=Precision.FP32, agreement=float(context.task.agreement(device, reference).mean()))
     if not parity.passed:
-        bad = next(tensor for tensor in parity.tensors if not tensor.passed)
-        raise ParityRejected(
-            f"the student diverges at the hop {hop!r}",
-            found=f"{bad.name}: {bad.reason}",
-            hint="the exporter or the target computes something else; try another opset",
-            subject=hop,
-        )
+        _refuse(_at_its_hop(context, parity, model, reference, inputs))
     return ConvertOut(
         artifact=model.record,
         parity=(parity,),
         rows=(row(context, "convert", hop, "kept", f"parity on {parity.samples} real inputs", details={"opset": model.record.opset}),),
+    )
+
+
+def _at_its_hop(context: Context, parity: HopParity, model: StoredArtifact, reference: Tensors, inputs: Tensors) -> HopParity:
+    """A failed comparison between the source and the device, told apart by running the file on the host: exporter, or device."""
+    from edgekd.teachers import OnnxTeacher
+
+    host = OnnxTeacher(model.entry).outputs(inputs)
+    agreement = float(context.task.agreement(host, reference).mean()) if set(host) >= set(reference) else None
+    exported = compare_hop(parity.hop, reference, host, precision=Precision.FP32, agreement=agreement)
+    return msgspec.structs.replace(parity, hop="onnx -> device") if exported.passed else exported
+
+
+def _refuse(parity: HopParity) -> None:
+    bad = next(tensor for tensor in parity.tensors if not tensor.passed)
+    where = "the target" if parity.hop == "onnx -> device" else "the exporter"
+    raise ParityRejected(
+        f"the student diverges at the hop {parity.hop!r}",
+        found=f"{bad.name}: {bad.reason}",
+        hint=f"{where} computes something else; try another opset",
+        subject=parity,
     )

@@ -39,13 +39,13 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
     float_standing = standing(source, screened, scores, teacher_scores, context.budget, baseline.limit_ms)
     float_point = point(screened, precision=Precision.FP32, role="student", accuracy=float(scores.mean()))
 
-    def stay(decision: str, reason: str, *more: LedgerRow, points: tuple[Point, ...] = ()) -> QuantizeOut:
+    def stay(decision: str, reason: str, *more: LedgerRow, points: tuple[Point, ...] = (), parity: tuple[HopParity, ...] = ()) -> QuantizeOut:
         kept = source.copy_to(folder / "chosen")
         return QuantizeOut(
             artifact=kept.record,
             recipe=None,
             points=(float_point, *points),
-            parity=(),
+            parity=parity,
             rows=(*more, row(context, "quantize", "int8", decision, reason, before=before)),
         )
 
@@ -76,7 +76,7 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
     device = context.device_outputs(result.artifact, {name: value[:samples] for name, value in validation.inputs.items()})
     parity = compare_hop("onnx -> int8", part, device, precision=Precision.INT8, agreement=float(context.task.agreement(device, part).mean()))
     if not parity.passed and context.wants(Precision.FP32):
-        return stay("rolled back", f"parity fails at the hop onnx -> int8: {parity.first_bad}", *tried, points=(int8_point,))
+        return stay("rolled back", f"parity fails at the hop onnx -> int8: {parity.first_bad}", *tried, points=(int8_point,), parity=(parity,))
     kept = result.artifact.copy_to(folder / "chosen")
     reason = choice.reason if parity.passed else f"{choice.reason}; parity fails ({parity.first_bad}) but the profile allows int8 only"
     return QuantizeOut(

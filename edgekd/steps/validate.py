@@ -11,7 +11,7 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
 from edgekd.measure import Subject, measure_verdict
 from edgekd.objective import best, prefer
-from edgekd.parity import compare_hop
+from edgekd.parity import compare_hop, require_parity
 from edgekd.records import Artifact, HopParity, LedgerRow, Measurement, Outcome, Precision, Record, Verdict
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context, row, score
@@ -47,12 +47,17 @@ class ValidateOut(Record, tag="edgekd.stage_validate/1", frozen=True, kw_only=Tr
 def choose(
     context: Context,
     baseline: BaselineOut,
-    student: StoredArtifact,
-    teacher: StoredArtifact | None,
+    student: StoredArtifact | None,
     teacher_int8: StoredArtifact | None,
     teacher_validation: Tensors,
 ) -> tuple[str, StoredArtifact, list[LedgerRow]]:
-    """The artifact that ships among the student and the quantized teacher, by the one objective."""
+    """The artifact that ships among the student and the quantized teacher, by the one objective.
+
+    A quantized teacher that misses the budget does not compete: judging it would hide what the student reaches.
+    """
+    if student is None:
+        assert teacher_int8 is not None  # one of the two is what validate is called for
+        return "teacher int8", teacher_int8, []
     if teacher_int8 is None:
         return "student", student, []
     validation = context.validation.all()
@@ -63,8 +68,12 @@ def choose(
     standings = [
         standing(model, screened[label], scores[label], teacher_scores, context.budget, baseline.limit_ms, student=label) for label, model in models.items()
     ]
-    winner = best(standings, context.task.binary)
-    reason = prefer(next(one for one in standings if one is not winner), winner, binary=context.task.binary).reason
+    rival = standings[1]
+    winner = best(standings if rival.meets_budget else standings[:1], context.task.binary)
+    if rival.meets_budget or prefer(rival, winner, binary=context.task.binary).after_preferred:
+        reason = prefer(next(one for one in standings if one is not winner), winner, binary=context.task.binary).reason
+    else:
+        reason = "the quantized teacher does not meet the budget: the student is judged"
     other = "teacher int8" if winner.label == "student" else "student"
     rows = [
         row(
@@ -85,21 +94,26 @@ def run_validate(
     folder: Path,
     baseline: BaselineOut,
     *,
-    student: StoredArtifact,
+    student: StoredArtifact | None,
     teacher: StoredArtifact | None,
     teacher_int8: StoredArtifact | None,
     teacher_validation: Tensors,
     teacher_test: Tensors,
 ) -> ValidateOut:
-    """Measure and judge; a pass, fail or refuse with everything it rests on."""
-    chosen, model, rows = choose(context, baseline, student, teacher, teacher_int8, teacher_validation)
+    """Measure and judge; a pass, fail or refuse with everything it rests on. Without a student the quantized teacher is judged.
+
+    Raises:
+        ParityRejected: what the target compiled computes something else than the portable file; the subject is the `HopParity`.
+    """
+    chosen, model, rows = choose(context, baseline, student, teacher_int8, teacher_validation)
     compiled = context.target.runtime.compile(model, folder / "compiled").copy_to(folder / "deployed")
+    parity = _device_parity(context, model, compiled)
+    require_parity(parity)
     test = context.test.all()
     outputs = context.device_outputs(compiled, test.inputs)
     context.task.check(outputs, test.targets)
     scores = context.task.scores(outputs, test.targets)
     teacher_scores = context.task.scores(teacher_test, test.targets)
-    parity = _device_parity(context, model, compiled)
     inputs = context.probe_inputs()
     subjects = [Subject("student", compiled, inputs)]
     if teacher is not None:
