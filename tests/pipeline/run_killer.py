@@ -3,6 +3,8 @@
 Usage: run_killer.py FOLDER SCENARIOS.json, with the checkout on the module path. A scenario is `[name, [kill, ...]]`; after its kills
 it is run to the end. A kill is `["event", stage, kind]`, `["nth event", n]`, `["step", n]` (of the training steps of one process) or
 `["share", s]`: a moment as far into the run as a share of the uninterrupted run's time, between two events as it falls.
+`["full", stage, bytes]` kills nothing: from the stage's start no file can grow above that size, and the process ends with 4 if it
+says so by a StorageError, which goes to `storage.txt`.
 Each scenario leaves `FOLDER/<name>/run`, `told.jsonl` and `ended.json`; the uninterrupted run is `FOLDER/whole`.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -28,6 +31,7 @@ from pipeline_kit import OPTIONS, arguments, family, make_teacher
 
 import edgekd.distill.setup
 import edgekd.report.plots  # noqa: F401
+from edgekd.errors import StorageError
 from edgekd.pipeline import compress
 from edgekd.records import Budget
 from edgekd.stages import Event
@@ -65,13 +69,18 @@ class Watcher:
         self.known |= now
 
     def _append(self, name: str, line: str) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # the limit is for the run, not for these notes
         with (self.folder / name).open("a") as stream:
             stream.write(line + "\n")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     def die(self, *moment: Any) -> None:
         """Kill this process if this is the moment."""
         if list(moment) == self.kill:
             os.kill(os.getpid(), signal.SIGKILL)
+        if ["full", *moment[1:2], "started"] == [*self.kill[:2], *moment[2:]]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.kill[2], resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
     def event(self, event: Event) -> None:
         """The listener."""
@@ -118,6 +127,11 @@ def forked(folder: Path, kill: list[Any], whole: list[Any]) -> int:
         try:
             run(folder, kill)
             os._exit(0)
+        except StorageError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            with (folder / "storage.txt").open("a") as stream:
+                stream.write(f"{error.what} | {error.found} | {error.hint}\n")
+            os._exit(4)
         finally:
             traceback.print_exc()
             sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""A run that is killed goes on where it stopped: the same bytes at the end, nothing finished done twice, nothing measured again."""
+"""A run that is killed, or stopped by a full disk, goes on where it stopped: the same bytes at the end, nothing finished done twice, nothing measured again."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-KILLED = -9
+KILLED, STORAGE_ERROR = -9, 4
 CHANCE = random.Random(20240607)
 BORDERS = {kind: [["event", stage.name, kind] for stage in STAGES] for kind in ("started", "finished")}
 """Killed at every border of the table: each process dies at the next one."""
+FULL = [["full", stage.name, 5000] for stage in STAGES]
+"""From the start of a stage on, no file can grow above 5000 bytes."""
 MOMENTS: dict[str, list[list[Any]]] = {
     "share a": [["share", round(CHANCE.uniform(0.05, 0.35), 3)]],
     "share b": [["share", round(CHANCE.uniform(0.35, 0.65), 3)]],
@@ -33,8 +35,8 @@ MOMENTS: dict[str, list[list[Any]]] = {
     "steps": [["step", CHANCE.randint(1, 11)], ["step", CHANCE.randint(2, 9)]],
 }
 HALVES: tuple[dict[str, list[list[Any]]], ...] = (
-    {"finished": BORDERS["finished"], "share a": MOMENTS["share a"], "steps": MOMENTS["steps"]},
-    {"started": BORDERS["started"], **{name: MOMENTS[name] for name in ("share b", "share c", "nth event")}},
+    {"finished": BORDERS["finished"], "share a": MOMENTS["share a"], "share c": MOMENTS["share c"], "steps": MOMENTS["steps"]},
+    {"started": BORDERS["started"], "full": FULL, "share b": MOMENTS["share b"], "nth event": MOMENTS["nth event"]},
 )
 SCENARIOS = [(half, name) for half, scenarios in enumerate(HALVES) for name in scenarios]
 NAMES = [name for _, name in SCENARIOS]
@@ -98,7 +100,8 @@ def test_two_uninterrupted_runs_in_two_interpreters_are_equal(killed: Path) -> N
 @pytest.mark.parametrize(("half", "name"), SCENARIOS, ids=NAMES)
 def test_killed_run_ends_as_if_it_had_not_been_killed(killed: Path, half: int, name: str) -> None:
     whole, cut = killed / "0" / "whole", killed / str(half) / name
-    assert json.loads((cut / "ended.json").read_text()) == [*[KILLED] * len(HALVES[half][name]), 0]
+    expected = [STORAGE_ERROR if kill[0] == "full" else KILLED for kill in HALVES[half][name]]
+    assert json.loads((cut / "ended.json").read_text()) == [*expected, 0]
     assert weights(cut) == weights(whole)
     manifests = [Manifest.load(place / "run" / "bundle" / "manifest.json") for place in (whole, cut)]
     assert manifests[0].artifact.content_hash() == manifests[1].artifact.content_hash()
@@ -144,3 +147,9 @@ def test_nothing_of_a_killed_writer_stays_behind(killed: Path, half: int, name: 
     assert sorted(path.name.partition("-")[0] for path in (run / "stages").iterdir()) == sorted(stage.name for stage in STAGES)
     assert list((run / "work").iterdir()) == []
     assert not list((killed / str(half) / name / "cache").glob("*/*.pending"))
+
+
+def test_full_disk_is_an_error_that_says_what_is_kept(killed: Path) -> None:
+    said = (killed / "1" / "full" / "storage.txt").read_text().splitlines()
+    assert len(said) == len(STAGES)
+    assert all("finished stages are kept" in line for line in said)
