@@ -146,6 +146,12 @@ def make_teacher(kind: str, width: int = TEACHER_WIDTH) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         module = FACTORIES[kind](width).eval()
+    solve(module, kind)
+    return module
+
+
+def solve(module: nn.Module, kind: str) -> None:
+    """Solve for the heads of a network with a `trunk`, in place."""
     inputs, targets = _part(kind, 512, 4)
     with torch.no_grad():
         features = module.get_submodule("trunk")(torch.from_numpy(inputs["image"])).numpy()
@@ -156,7 +162,6 @@ def make_teacher(kind: str, width: int = TEACHER_WIDTH) -> nn.Module:
         head = module.get_submodule(name)
         assert isinstance(head, nn.Linear)
         _fit(head, features, 4.0 * np.eye(CLASSES)[wanted] if wanted.dtype == np.int64 else wanted)
-    return module
 
 
 def family(kind: str, *, width: Sequence[int] = (4, 8, 16)) -> Family:
