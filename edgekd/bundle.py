@@ -108,7 +108,7 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     """Write the manifest over all files that lie in `folder`; gives it with their hashes and its own digest."""
     files = file_hashes(folder)
     files.pop(MANIFEST, None)
-    sealed = msgspec.structs.replace(manifest, files=files, seal="")
+    sealed = Manifest.from_json(msgspec.structs.replace(manifest, files=files, seal="").to_json())  # as a reader sees it: 90 is then 90.0
     sealed = msgspec.structs.replace(sealed, seal=sealed.digest())
     sealed.save(folder / MANIFEST)
     return sealed
@@ -118,7 +118,8 @@ def _loaded(kind: type[R], path: Path, problem: str) -> R:
     try:
         return kind.load(path)
     except InputError as error:
-        raise BundleError(problem, found=error.found or error.what, hint="restore the bundle, or make it again", subject=path) from error
+        found = ": ".join(str(part) for part in (error.what, error.found) if part is not None)
+        raise BundleError(problem, found=found, hint="restore the bundle, or make it again", subject=path) from error
 
 
 @dataclass(frozen=True)
