@@ -12,7 +12,6 @@ from edgekd.contracts import Tensors
 from edgekd.errors import BudgetError, MeasurementInvalid, Rejected
 from edgekd.measure import Screened, Subject, calibrate_limits
 from edgekd.onnx_io import import_onnx
-from edgekd.parity import compare_hop
 from edgekd.records import Artifact, HopParity, LedgerRow, Limits, Point, Precision, Record
 from edgekd.steps.context import Context, checked_outputs, point, row, score
 from edgekd.steps.quantizing import to_int8
@@ -65,7 +64,7 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
         context.limits = limits
         device = context.device_outputs(exported, {name: value[: context.options.parity_samples] for name, value in validation.inputs.items()})
         part = {name: value[: context.options.parity_samples] for name, value in outputs.items()}
-        parity.append(compare_hop("teacher -> onnx", part, device, precision=Precision.FP32, agreement=float(context.task.agreement(device, part).mean())))
+        parity.append(context.hop("teacher -> onnx", part, device, Precision.FP32))
         if not parity[0].passed:
             rows.append(
                 row(context, "baseline", "teacher -> onnx", "noted", _diverges(parity[0], "its latency stands for another network, and it does not compete"))
@@ -161,8 +160,7 @@ def _quantized_teacher(
     samples = context.options.parity_samples
     part = {name: value[:samples] for name, value in device.items()}
     int8_part = context.device_outputs(kept, {name: value[:samples] for name, value in validation.inputs.items()})
-    agreement = float(context.task.agreement(int8_part, part).mean())
-    hop = compare_hop("teacher onnx -> int8", part, int8_part, precision=Precision.INT8, agreement=agreement)
+    hop = context.hop("teacher onnx -> int8", part, int8_part, Precision.INT8)
     parity.append(hop)
     reason = (
         "within the budget without any training: it competes with the student" if place.meets_budget else f"not enough alone: the limit is {limit_ms:.4g} ms"

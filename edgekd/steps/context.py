@@ -17,7 +17,8 @@ from edgekd.errors import ModelError
 from edgekd.keys import array_hash
 from edgekd.measure import Screened, Subject, screen
 from edgekd.options import Options
-from edgekd.records import Artifact, Budget, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
+from edgekd.parity import compare_hop
+from edgekd.records import Artifact, Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
 from edgekd.registry import load
 from edgekd.stages import StageStore
 
@@ -72,6 +73,12 @@ class Context:
         """A torch module as a float ONNX artifact with batch 1."""
         converter: Converter = load("converters", "onnx-from-torch")()
         return converter.convert(ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs))
+
+    def hop(self, name: str, reference: Tensors, outputs: Tensors, precision: Precision) -> HopParity:
+        """One hop compared on every output, with the task's agreement where outputs have the names and shapes of the reference."""
+        comparable = all(key in outputs and outputs[key].shape == value.shape for key, value in reference.items())
+        agreement = float(self.task.agreement(outputs, reference).mean()) if comparable else None
+        return compare_hop(name, reference, outputs, precision=precision, agreement=agreement)
 
     def wants(self, precision: Precision) -> bool:
         """Whether the profile asks for a precision and the target has it."""

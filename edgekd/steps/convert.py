@@ -10,7 +10,6 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
 from edgekd.errors import ParityRejected
 from edgekd.onnx_io import import_onnx
-from edgekd.parity import compare_hop
 from edgekd.records import Artifact, HopParity, LedgerRow, Precision, Record, StudentSpec
 from edgekd.steps.context import Context, row
 
@@ -50,7 +49,7 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
         model = context.export(module, place)
         reference, hop = TorchTeacher(module).outputs(inputs), "torch -> onnx"
     device = context.device_outputs(model, inputs)
-    parity = compare_hop(hop, reference, device, precision=Precision.FP32, agreement=float(context.task.agreement(device, reference).mean()))
+    parity = context.hop(hop, reference, device, Precision.FP32)
     if not parity.passed:
         _refuse(_at_its_hop(context, parity, model, reference, inputs))
     return ConvertOut(
@@ -65,8 +64,7 @@ def _at_its_hop(context: Context, parity: HopParity, model: StoredArtifact, refe
     from edgekd.teachers import OnnxTeacher
 
     host = OnnxTeacher(model.entry).outputs(inputs)
-    agreement = float(context.task.agreement(host, reference).mean()) if set(host) >= set(reference) else None
-    exported = compare_hop(parity.hop, reference, host, precision=Precision.FP32, agreement=agreement)
+    exported = context.hop(parity.hop, reference, host, Precision.FP32)
     return msgspec.structs.replace(parity, hop="onnx -> device") if exported.passed else exported
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.errors import Rejected
 from edgekd.objective import prefer
-from edgekd.parity import compare_hop
 from edgekd.quantize.run import QuantizeResult
 from edgekd.records import Artifact, HopParity, LedgerRow, Point, Precision, QuantRecipe, Record
 from edgekd.steps.baseline import BaselineOut
@@ -74,7 +73,7 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
     samples = context.options.parity_samples
     part = {name: value[:samples] for name, value in reference.items()}
     device = context.device_outputs(result.artifact, {name: value[:samples] for name, value in validation.inputs.items()})
-    parity = compare_hop("onnx -> int8", part, device, precision=Precision.INT8, agreement=float(context.task.agreement(device, part).mean()))
+    parity = context.hop("onnx -> int8", part, device, Precision.INT8)
     if not parity.passed and context.wants(Precision.FP32):
         return stay("rolled back", f"parity fails at the hop onnx -> int8: {parity.first_bad}", *tried, points=(int8_point,), parity=(parity,))
     kept = result.artifact.copy_to(folder / "chosen")

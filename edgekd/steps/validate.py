@@ -11,7 +11,7 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
 from edgekd.measure import Subject, measure_verdict
 from edgekd.objective import best, prefer
-from edgekd.parity import compare_hop, require_parity
+from edgekd.parity import require_parity
 from edgekd.records import Artifact, HopParity, LedgerRow, Measurement, Outcome, Precision, Record, Verdict
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context, row, score
@@ -176,7 +176,7 @@ def _device_parity(context: Context, model: StoredArtifact, compiled: StoredArti
     reference = context.device_outputs(model, inputs)
     device = context.device_outputs(compiled, inputs)
     precision = Precision.FP32 if compiled.record.precision is Precision.FP32 else Precision.INT8
-    return (compare_hop("portable -> compiled", reference, device, precision=precision, agreement=float(context.task.agreement(device, reference).mean())),)
+    return (context.hop("portable -> compiled", reference, device, precision),)
 
 
 def _per_class(context: Context, targets: object, teacher: np.ndarray, student: np.ndarray) -> tuple[ClassCount, ...]:

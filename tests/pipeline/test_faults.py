@@ -12,7 +12,7 @@ from torch import nn
 
 from edgekd.bundle import open_bundle
 from edgekd.options import TrainOptions
-from edgekd.pipeline import Result
+from edgekd.pipeline import Result, RunSummary
 from edgekd.records import Budget, Outcome, QuantRecipe
 from edgekd.report.data import ReportData
 from edgekd.spaces import Fixed
@@ -62,6 +62,7 @@ def float_weights(path: Path) -> list[str]:
     return [node.name for node in proto.graph.node if node.op_type in WEIGHTED and node.input[1] in stored]
 
 
+@pytest.mark.slow
 def test_exactly_the_fragile_layer_ships_in_float_inside_an_int8_artifact(tmp_path: Path) -> None:
     result = kit.run(
         "classification",
@@ -117,6 +118,29 @@ def stopped_at(result: Result, stage: str, hop: str, tensor: str) -> None:
 def test_a_fault_of_the_export_is_named_at_torch_to_onnx(tmp_path: Path) -> None:
     result = kit.run("multi", tmp_path / "run", student=Fixed(exports_wrong), options=FROZEN, budget=Budget(latency_share=0.4))
     stopped_at(result, "convert", "torch -> onnx", "size")
+
+
+class ExportsAnotherShape(kit.Plain):
+    """Gives an axis more while it is exported."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        outputs = super().forward(image)
+        return outputs[:, None].repeat(1, 3, 1) if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() else outputs
+
+
+def exports_another_shape() -> nn.Module:
+    """A student whose export has another shape."""
+    return ExportsAnotherShape(16, kit.CLASSES)
+
+
+def test_an_export_of_another_shape_is_named_and_the_quantized_teacher_ships(tmp_path: Path) -> None:
+    result = kit.run("classification", tmp_path / "run", student=Fixed(exports_another_shape), options=FROZEN, budget=Budget(latency_share=0.5))
+    (row,) = [row for row in result.ledger.rows if row.decision == "rolled back" and row.step == "fixed"]
+    assert row.stage == "convert"
+    assert "'torch -> onnx'" in row.reason
+    assert "output: shape (32, 3, 4) instead of (32, 4)" in row.reason
+    assert result.verdict.outcome is Outcome.PASS
+    assert RunSummary.load(result.run_dir / "run.json").student == "teacher int8"
 
 
 class TeacherExportsWrong(ExportsWrong):
