@@ -88,7 +88,9 @@ def world(finished: Path, tmp_path: Path) -> World:
 
 
 def options(part: str, **values: Any) -> Options:
-    return msgspec.structs.replace(OPTIONS, **{part: msgspec.structs.replace(getattr(OPTIONS, part), **values)} if part else values)
+    changes = {part: msgspec.structs.replace(getattr(OPTIONS, part), **values)} if part else values
+    made: Options = msgspec.structs.replace(OPTIONS, **changes)
+    return made
 
 
 CASES: Mapping[str, tuple[Options, tuple[str, ...]]] = {
