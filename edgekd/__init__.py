@@ -22,7 +22,7 @@ _FACE = {
     "MultiTask": "edgekd.tasks",
     "Options": "edgekd.options",
     "Regression": "edgekd.tasks",
-    "Result": "edgekd.pipeline",
+    "Result": "edgekd.result",
     "bench": "edgekd.benching",
     "compress": "edgekd.pipeline",
     "connect": "edgekd.target",
@@ -56,9 +56,9 @@ if TYPE_CHECKING:
     from edgekd.gating import gate as gate
     from edgekd.gating import validate as validate
     from edgekd.options import Options as Options
-    from edgekd.pipeline import Result as Result
     from edgekd.pipeline import compress as compress
     from edgekd.records import Budget as Budget
+    from edgekd.result import Result as Result
     from edgekd.spaces import Family as Family
     from edgekd.spaces import Fixed as Fixed
     from edgekd.target import connect as connect

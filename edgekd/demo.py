@@ -13,8 +13,9 @@ from edgekd.contracts import Callback, Target
 from edgekd.data import make_split
 from edgekd.errors import MissingDependency
 from edgekd.options import Options, QuantizeOptions, SearchOptions, TrainOptions
-from edgekd.pipeline import Result, compress
+from edgekd.pipeline import compress
 from edgekd.records import Budget, Record
+from edgekd.result import Result
 from edgekd.spaces import Family
 from edgekd.stages import Event, Listener
 from edgekd.target import connect

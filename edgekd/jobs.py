@@ -19,8 +19,8 @@ from edgekd.toml_file import TomlText, apply_overrides, check_known, load_toml, 
 
 if TYPE_CHECKING:
     from edgekd.contracts import Callback, StudentSpace, Target
-    from edgekd.pipeline import Result
     from edgekd.planning import Plan
+    from edgekd.result import Result
     from edgekd.stages import Listener
 
 _PROFILE_TABLES = ("transport", "runtime", "measure")

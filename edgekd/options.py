@@ -80,7 +80,8 @@ class QuantizeOptions(Record, tag="edgekd.quantize_options/1", frozen=True, kw_o
 class Options(Record, tag="edgekd.options/1", frozen=True, kw_only=True):
     """Everything beside the arguments of `edgekd.compress`.
 
-    `parity_samples` real inputs are compared at each hop. `bundle_data_mb` caps the evaluation data in the bundle.
+    `parity_samples` real inputs are compared at each hop. `bundle_data_mb` caps the evaluation data in the bundle, `cache_mb` the
+    shared cache: the oldest entries go at the end of a run.
     `allow_extreme` accepts a budget above the teacher's latency or below a hundredth of it.
     """
 
@@ -89,6 +90,7 @@ class Options(Record, tag="edgekd.options/1", frozen=True, kw_only=True):
     quantize: QuantizeOptions = QuantizeOptions()
     parity_samples: Positive = 32
     bundle_data_mb: PositiveFloat = 256.0
+    cache_mb: PositiveFloat = 4096.0
     allow_extreme: bool = False
     accept_simulated: bool = False
 

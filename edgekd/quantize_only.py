@@ -15,8 +15,9 @@ from edgekd.data import Arrays
 from edgekd.errors import ConfigError, DataError, near_names
 from edgekd.onnx_io import import_onnx
 from edgekd.options import Options
-from edgekd.pipeline import Result, compress
+from edgekd.pipeline import compress
 from edgekd.records import Budget, IOSpec
+from edgekd.result import Result
 from edgekd.spaces import Fixed
 from edgekd.stages import Listener
 from edgekd.tasks import Classification, MultiTask, Regression

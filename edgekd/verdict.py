@@ -152,7 +152,7 @@ def check_ceiling(name: str, value: float | None, limit: float, unit: str) -> Ch
     if not (math.isfinite(limit) and limit > 0):
         raise BudgetError(f"the limit of {name} must be a positive number", found=limit)
     if value is None:
-        return Check(name=name, outcome=Outcome.REFUSE, value=0.0, limit=limit, unit=unit, reason=f"the device does not report {name}")
+        return Check(name=name, outcome=Outcome.REFUSE, value=None, limit=limit, unit=unit, reason=f"the device does not report {name}")
     if not math.isfinite(value):
         raise InputError(f"the value of {name} is not a finite number", found=value)
     within = value <= limit

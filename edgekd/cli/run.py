@@ -12,7 +12,7 @@ from edgekd.cli.common import FILE, FOLDER, json_option, print_json, print_ledge
 
 if TYPE_CHECKING:
     from edgekd.contracts import Callback
-    from edgekd.pipeline import Result
+    from edgekd.result import Result
 
 _ONLY_ONNX = ["data", "latency_ms", "latency_share", "percentile", "max_drop", "size_mb", "target", "task", "seed", "allow_extreme", "accept_simulated"]
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
+from edgekd.caches import CACHE_NAME, CacheEntry, cache_entries, remove_entries
 from edgekd.cli.common import FOLDER, json_option, print_json, print_table
-
-CACHE_NAME = ".edgekd-cache"
-"""What the cache beside a run is called."""
 
 
 @click.command()
@@ -54,7 +49,7 @@ def runs(folder: Path, as_json: bool) -> int:
     """List the runs below FOLDER (default: here) with their verdicts; unfinished ones say where they stand."""
     import json
 
-    from edgekd.pipeline import RunSummary
+    from edgekd.result import RunSummary
 
     found: list[dict[str, str]] = []
     for journal in find_below(folder, "events.jsonl"):
@@ -78,26 +73,6 @@ def runs(folder: Path, as_json: bool) -> int:
     else:
         print_table("Runs", tuple(found[0]), [tuple(row.values()) for row in found])
     return 0
-
-
-class CacheEntry(NamedTuple):
-    """One thing in a cache, with everything below it."""
-
-    path: Path
-    kind: str
-    size_bytes: int
-    age_days: float
-
-
-def cache_entries(cache: Path) -> tuple[CacheEntry, ...]:
-    """The entries `kind/key` of a cache folder, sorted; half-written ones and locks, whose names start with a dot, are left out."""
-    entries = []
-    for kind in sorted(item for item in cache.iterdir() if item.is_dir() and not item.name.startswith(".")):
-        for entry in sorted(item for item in kind.iterdir() if not item.name.startswith(".")):
-            files = [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
-            newest = max((path.stat().st_mtime for path in files), default=entry.stat().st_mtime)
-            entries.append(CacheEntry(entry, kind.name, sum(path.stat().st_size for path in files), (time.time() - newest) / 86400))
-    return tuple(entries)
 
 
 def _caches(folder: Path) -> list[Path]:
@@ -155,10 +130,6 @@ def cache_rm(folder: Path, older_than: float, kind: str | None, yes: bool) -> in
         return 0
     if not yes:
         click.confirm(f"remove {len(entries)} entries ({size})?", abort=True)
-    for entry in entries:
-        if entry.path.is_dir() and not entry.path.is_symlink():
-            shutil.rmtree(entry.path)
-        else:
-            entry.path.unlink()
+    remove_entries(entries)
     click.echo(f"removed {len(entries)} entries ({size})")
     return 0

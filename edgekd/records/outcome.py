@@ -62,11 +62,12 @@ class Budget(Record, tag="edgekd.budget/1", frozen=True, kw_only=True):
 
 
 class Check(Record, tag="edgekd.check/1", frozen=True, kw_only=True):
-    """One budget line against its evidence: `value` with its confidence limits `lower` and `upper`, in `unit`."""
+    """One budget line against its evidence: `value` (`None`: nothing could be measured) with its confidence limits `lower` and
+    `upper`, in `unit`."""
 
     name: str
     outcome: Outcome
-    value: float
+    value: float | None
     limit: float
     unit: str
     lower: float | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from edgekd.bundle import utc_now, versions
 from edgekd.records import HopParity, Ledger, LedgerRow, Measurement, Point, Verdict
 from edgekd.report.data import ClassRow, Curve, ReportData
@@ -11,6 +13,21 @@ from edgekd.steps.context import Context
 from edgekd.steps.distil import DistilOut
 from edgekd.steps.search import SearchOut
 from edgekd.steps.validate import ValidateOut
+
+
+def mark_chosen(points: Sequence[Point], validated: ValidateOut) -> list[Point]:
+    """The points with the role `student` for the one that was judged alone; what else was tried is a `candidate`."""
+    chosen = validated.artifact.precision.value
+    out = []
+    judged: int | None = None
+    for position, point in enumerate(points):
+        is_student = point.role == "student"
+        out.append(msgspec.structs.replace(point, role="candidate") if is_student else point)
+        if point.precision == chosen and (is_student if validated.chosen == "student" else point.role == "teacher"):
+            judged = position
+    if judged is not None:
+        out[judged] = msgspec.structs.replace(points[judged], role="student")
+    return out
 
 
 def report_data(
@@ -60,7 +77,7 @@ def report_data(
         notes.append(f"the search's latency predictor was off by {found.predictor_error:.1%} on candidates it had not seen (median)")
     profile = context.target.profile
     return ReportData(
-        title=f"{context.teacher.name} on {context.target.name}",
+        title=f"{context.store.run_dir.name}: a student of {context.teacher.name} on {context.target.name}",
         created_at=utc_now(),
         verdict=verdict,
         budget=context.budget,

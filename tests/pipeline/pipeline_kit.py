@@ -15,9 +15,10 @@ from torch import nn
 from edgekd.contracts import StudentSpace, Target, Task
 from edgekd.data import Arrays
 from edgekd.options import Options, QuantizeOptions, SearchOptions, TrainOptions
-from edgekd.pipeline import Result, compress
+from edgekd.pipeline import compress
 from edgekd.planning import Plan
 from edgekd.records import Budget, LedgerRow
+from edgekd.result import Result
 from edgekd.spaces import Family, Fixed
 from edgekd.stages import Listener
 from edgekd.target import connect

@@ -12,9 +12,9 @@ from torch import nn
 
 from edgekd.bundle import open_bundle
 from edgekd.options import TrainOptions
-from edgekd.pipeline import Result, RunSummary
 from edgekd.records import Budget, Outcome, QuantRecipe
 from edgekd.report.data import ReportData
+from edgekd.result import Result, RunSummary
 from edgekd.spaces import Fixed
 from tests.pipeline import pipeline_kit as kit
 from tests.pipeline.plugin_kit import install_runtimes

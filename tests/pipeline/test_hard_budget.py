@@ -13,8 +13,8 @@ from edgekd.bundle import open_bundle
 from edgekd.cli.main import cli
 from edgekd.errors import BudgetError
 from edgekd.options import TrainOptions
-from edgekd.pipeline import RunSummary
 from edgekd.records import Budget, Outcome
+from edgekd.result import RunSummary
 from edgekd.spaces import Fixed
 from tests.pipeline import pipeline_kit as kit
 from tests.pipeline.plugin_kit import install_runtimes

@@ -15,9 +15,9 @@ from pipeline.bundle_kit import SAMPLES, home, save_inputs
 from edgekd.bundle import open_bundle
 from edgekd.errors import ConfigError, DataError, InputError, ModelError
 from edgekd.options import Options
-from edgekd.pipeline import Result
 from edgekd.quantize_only import quantize_only
 from edgekd.records import Budget, Outcome
+from edgekd.result import Result
 from edgekd.target import connect
 from edgekd.tasks import Classification, Regression
 from edgekd.teachers import OnnxTeacher

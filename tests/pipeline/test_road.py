@@ -13,9 +13,9 @@ import torch
 from edgekd.bundle import open_bundle
 from edgekd.contracts import StudentSpace
 from edgekd.errors import BudgetError
-from edgekd.pipeline import Result, RunSummary
 from edgekd.rebuild import rebuild
 from edgekd.records import Budget, Ledger, Outcome
+from edgekd.result import Result, RunSummary
 from edgekd.spaces import Family
 from edgekd.stages import STAGES
 from tests.contracts.tiny_models import export
