@@ -94,12 +94,16 @@ def agreement(target: Target, subject: Subject, rows: list[str]) -> None:
     limits = calibrate_limits(target, subject, cache_dir=None, seed=0)
     quick = screen(target, [subject], percentile=PERCENTILE, limits=limits, seed=0)[subject.label]
     taken = measure_verdict(target, [subject], limits=limits, seed=0, undecided=lambda _: False)[subject.label]
+    counts = f"{len(taken.launches)} valid, {len(taken.rejected)} rejected"
+    marks = "; ".join(f"{name}: {one.reason}" for name, one in (("screen", quick.measurement), ("verdict", taken)) if not one.valid)
+    if marks:  # numbers of an invalid measurement say nothing
+        rows.append(f"| {subject.label} | - | - | - | - | {counts} | INVALID: {marks} |")
+        return
     per_launch = latencies_ms(taken.launches, PERCENTILE)
     median, spread = float(np.median(per_launch)), float(np.log(per_launch).std(ddof=1))
-    marks = "; ".join(f"{name}: {one.reason}" for name, one in (("screen", quick.measurement), ("verdict", taken)) if not one.valid)
     rows.append(
         f"| {subject.label} | {quick.latency_ms:.4f} ({quick.lower_ms:.4f} to {quick.upper_ms:.4f}) | {median:.4f} | {quick.latency_ms / median:.3f} "
-        f"| {spread:.2%} | {len(taken.launches)} valid, {len(taken.rejected)} rejected | {marks or 'valid'} |"
+        f"| {spread:.2%} | {counts} | valid |"
     )
 
 

@@ -67,8 +67,8 @@ COMMANDS = [line for line in lines("sh") if line.startswith("edgekd ")] + gate_l
 
 
 def simulated(command: str) -> list[str]:
-    """The words of a command after `edgekd`, led to the null target and to the bundle of the workspace."""
-    words = command.removeprefix("edgekd ").replace("models/own/bundle", "runs/own/bundle")
+    """The words of a command after `edgekd`, led to the null target."""
+    words = command.removeprefix("edgekd ")
     more = next((extra for start, extra in SIMULATED.items() if words.startswith(start)), "")
     return shlex.split(f"{words} {more}")
 
@@ -76,7 +76,7 @@ def simulated(command: str) -> list[str]:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that the README speaks of, made from its own blocks: `own_model.py`, `job.toml`, a run of the script in
-    `runs/own`, the student's float file as `model.onnx` and its inputs in `folder`."""
+    `runs/own`, its bundle copied as the README copies it, the student's float file as `model.onnx` and its inputs in `folder`."""
     pytest.importorskip("torch")
     pytest.importorskip("onnxruntime")
     place = tmp_path_factory.mktemp("readme")
@@ -87,6 +87,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(words, cwd=place, env=one_thread, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("pass:")
+    for line in lines("sh"):
+        if line.startswith("mkdir "):
+            for words in line.split(" && "):
+                subprocess.run(shlex.split(words), cwd=place, check=True, timeout=60)
     shutil.copy(next((place / "runs/own/bundle/float").glob("*.onnx")), place / "model.onnx")
     (place / "folder").mkdir()
     np.save(place / "folder" / "inputs.npy", np.load(place / "runs/own/bundle/evaluation/inputs-000.npy", allow_pickle=False))
@@ -102,7 +106,7 @@ def test_the_first_commands_are_the_two_that_do_everything() -> None:
 
 
 def test_every_line_of_a_shell_block_is_of_a_kind_that_is_tested() -> None:
-    kinds = ("make ", "edgekd ", "pip install ", "python own_model.py", ".venv/bin/python -m pytest ")
+    kinds = ("make ", "edgekd ", "mkdir ", "pip install ", "python own_model.py", ".venv/bin/python -m pytest ")
     assert [line for line in lines("sh") if not line.startswith(kinds)] == []
     assert len(COMMANDS) > 12
 
