@@ -37,7 +37,8 @@ def widening(x: NDArray[np.float64]) -> NDArray[np.float64]:
     centred = x - x.mean(axis=1, keepdims=True)
     r = (centred[:, :-1] * centred[:, 1:]).sum(axis=1) / (centred**2).sum(axis=1)
     r = np.clip(r + (1.0 + 4.0 * r) / n, 0.0, 0.95)
-    return np.sqrt((1.0 + r) / (1.0 - r))
+    wider: NDArray[np.float64] = np.sqrt((1.0 + r) / (1.0 - r))
+    return wider
 
 
 def rates(logs: NDArray[np.float64], *, widened: bool = True) -> tuple[float, float]:

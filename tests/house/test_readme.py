@@ -60,7 +60,7 @@ def install_lines() -> list[str]:
 def block(language: str, marker: str) -> str:
     """The only block of a language that holds `marker`."""
     (found,) = [text for kind, text in BLOCKS if kind == language and marker in text]
-    return found
+    return str(found)
 
 
 COMMANDS = [line for line in lines("sh") if line.startswith("edgekd ")] + gate_lines()
@@ -89,8 +89,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.stdout.startswith("pass:")
     for line in lines("sh"):
         if line.startswith("mkdir "):
-            for words in line.split(" && "):
-                subprocess.run(shlex.split(words), cwd=place, check=True, timeout=60)
+            for part in line.split(" && "):
+                subprocess.run(shlex.split(part), cwd=place, check=True, timeout=60)
     shutil.copy(next((place / "runs/own/bundle/float").glob("*.onnx")), place / "model.onnx")
     (place / "folder").mkdir()
     np.save(place / "folder" / "inputs.npy", np.load(place / "runs/own/bundle/evaluation/inputs-000.npy", allow_pickle=False))
