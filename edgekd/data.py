@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgekd.contracts import Array, Task
 from edgekd.errors import DataError
 from edgekd.keys import array_hash
+from edgekd.loaders import is_indexed, unwrap_loader
 from edgekd.provenance import code_hash
 from edgekd.tree import first_line, to_numpy
 
@@ -110,7 +111,7 @@ class Split:
         self.seed = seed
         self.revision = revision
         self.batch_size = batch_size
-        self.indexed = _is_indexed(source)
+        self.indexed = isinstance(source, Arrays) or is_indexed(source)
         self._source = source
         self._collate = collate or _stack
         self._wanted_names = tuple(input_names)
@@ -310,60 +311,6 @@ class Split:
             raise DataError(f"the {self.name} data are empty", found="no batch", hint="check the loader", subject=self.name)
 
 
-def _is_indexed(source: Any) -> bool:
-    """Whether items have a number; torch's iterable data sets inherit a `__getitem__` that only raises."""
-    if isinstance(source, Arrays):
-        return True
-    iterable = any(cls.__name__ == "IterableDataset" for cls in type(source).__mro__)
-    return not iterable and hasattr(source, "__len__") and hasattr(source, "__getitem__")
-
-
-class _Picked:
-    """Some items of a data set, in the order given."""
-
-    def __init__(self, source: Any, indices: Sequence[int]) -> None:
-        self._source = source
-        self._indices = [int(index) for index in indices]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, position: int) -> Any:
-        return self._source[self._indices[position]]
-
-
-def _unwrap(loader: Any, name: str) -> tuple[Any, Callable[[list[Any]], Any] | None, int | None]:
-    """The data set behind a DataLoader with its collate function and batch size; the loader itself where it gives ready batches.
-
-    The order of a loader is not kept, but its choice of items is: a `SubsetRandomSampler` gives its items and no others.
-
-    Raises:
-        DataError: the sampler weighs, repeats or groups items, which cannot be kept.
-    """
-    grouped = getattr(loader, "batch_sampler", None)
-    if not _is_indexed(loader.dataset) or grouped is None:
-        return loader, None, loader.batch_size
-    size = getattr(grouped, "batch_size", loader.batch_size)
-    sampler = loader.sampler
-    kind = type(sampler).__name__
-    if type(grouped).__name__ == "BatchSampler":
-        sampler = grouped.sampler
-        kind = type(sampler).__name__
-        if kind == "SequentialSampler" or (kind == "RandomSampler" and not sampler.replacement and len(sampler) == len(loader.dataset)):
-            return loader.dataset, loader.collate_fn, size
-        if kind == "SubsetRandomSampler":
-            return _Picked(loader.dataset, sorted(int(index) for index in sampler.indices)), loader.collate_fn, size
-    else:
-        kind = type(grouped).__name__
-    raise DataError(
-        f"the {name} loader draws items in a way that cannot be kept when items are read by their index",
-        found=kind,
-        allowed="no sampler, shuffle=True, or a SubsetRandomSampler",
-        hint="hand over the data set, or torch.utils.data.Subset(data_set, indices)",
-        subject=name,
-    )
-
-
 def _content(batch: Batch) -> str:
     targets = batch.targets if isinstance(batch.targets, dict) else {} if batch.targets is None else {"": batch.targets}
     return array_hash({f"input {name}": value for name, value in batch.inputs.items()} | {f"target {name}": value for name, value in targets.items()})
@@ -410,5 +357,5 @@ def make_split(
             data[1] if isinstance(data[1], Mapping) else to_numpy(data[1]),
         )
     elif hasattr(data, "dataset") and hasattr(data, "collate_fn"):
-        data, collate, batch_size = _unwrap(data, name)
+        data, collate, batch_size = unwrap_loader(data, name)
     return Split(data, task, name=name, input_names=input_names, augment=augment, seed=seed, revision=revision, collate=collate, batch_size=batch_size)

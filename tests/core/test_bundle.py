@@ -163,6 +163,7 @@ def test_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("targets", [np.arange(5), {"kind": np.arange(5), "a/size": np.zeros((5, 2))}])
 def test_evaluation_data_come_back_as_they_were(targets: Any, tmp_path: Path) -> None:
+    inputs: dict[str, np.ndarray]
     inputs, teacher = {"x.y": np.ones((5, 3), dtype=np.float32), "z": np.zeros((5,), dtype=np.int64)}, {"cls/logits": np.eye(5)}
     size = save_evaluation(tmp_path, inputs, targets, teacher)
     assert size == sum(path.stat().st_size for path in tmp_path.glob("*.npy"))

@@ -91,7 +91,7 @@ def test_file_that_is_no_model_is_refused(content: bytes, tmp_path: Path) -> Non
 
 
 def test_inputs_are_read_by_name_in_the_models_dtype(tmp_path: Path) -> None:
-    arrays = {"a": np.ones((4, 3)), "ids": np.arange(4, dtype=np.int32)[:, None], "mask": np.ones((4, 2), dtype=np.uint8)}
+    arrays: dict[str, np.ndarray] = {"a": np.ones((4, 3)), "ids": np.arange(4, dtype=np.int32)[:, None], "mask": np.ones((4, 2), dtype=np.uint8)}
     loaded = load_inputs(saved(tmp_path, **arrays), spec(tensor("a"), tensor("ids", "int64", (1, 1)), tensor("mask", "float32", (1, "n"))))
     assert {name: value.dtype.name for name, value in loaded.items()} == {"a": "float32", "ids": "int64", "mask": "float32"}
     assert all(np.array_equal(loaded[name], value) for name, value in arrays.items())
