@@ -32,7 +32,11 @@ MOMENTS: dict[str, list[list[Any]]] = {
     "share b": [["share", round(CHANCE.uniform(0.35, 0.65), 3)]],
     "share c": [["share", round(CHANCE.uniform(0.65, 0.9), 3)]],
     "nth event": [["nth event", CHANCE.randint(2, 9)]],
-    "steps": [["step", CHANCE.randint(1, 11)], ["step", CHANCE.randint(2, 9)]],
+    "steps": [
+        ["step", CHANCE.randint(2, 11)],
+        ["step", CHANCE.randint(12, 16)],
+        ["step", CHANCE.randint(2, 5)],
+    ],  # in a short training, then twice in the long one
 }
 HALVES: tuple[dict[str, list[list[Any]]], ...] = (
     {"finished": BORDERS["finished"], "share a": MOMENTS["share a"], "share c": MOMENTS["share c"], "steps": MOMENTS["steps"]},
