@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(VENV)/bin/edgekd demo --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check $(CHECKED)

@@ -17,7 +17,7 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Tensors
 from edgekd.errors import BundleError, InputError
 from edgekd.records import Manifest, Record
-from edgekd.storage import copy_file, sha256_file, write_atomic
+from edgekd.storage import sha256_file, write_atomic
 from edgekd.tree import first_line
 
 R = TypeVar("R", bound=Record)
@@ -223,10 +223,3 @@ def model_card(manifest: Manifest, *, student: str, summary: Mapping[str, str]) 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole."""
     write_atomic(path, text.encode())
-
-
-def copy_tree(source: Path, destination: Path) -> None:
-    """Copy every file below `source`."""
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            copy_file(path, destination / path.relative_to(source))

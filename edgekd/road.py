@@ -28,7 +28,7 @@ from edgekd.steps.quantize import QuantizeOut, run_quantize
 from edgekd.steps.reporting import mark_chosen, report_data
 from edgekd.steps.search import SearchOut, run_search
 from edgekd.steps.validate import ValidateOut, run_validate
-from edgekd.storage import link_folder
+from edgekd.storage import copy_folder
 
 if TYPE_CHECKING:
     pass
@@ -215,9 +215,9 @@ class Road:
         bundled, bundle_dir = context.store.run("bundle", inputs, BundleOut, make)
         self._add(bundled.rows)
         bundle = context.store.run_dir / "bundle"
-        link_folder(bundle_dir / "bundle", bundle)
+        copy_folder(bundle_dir / "bundle", bundle)
         if bundled.manifest.data_capped:
-            link_folder(bundle_dir / "evaluation", context.store.run_dir / "evaluation")
+            copy_folder(bundle_dir / "evaluation", context.store.run_dir / "evaluation")
         return self._close(
             validated.verdict,
             bundle,

@@ -154,8 +154,8 @@ def copy_file(source: Path, destination: Path) -> None:
         raise _storage_error(destination, error) from error
 
 
-def link_folder(source: Path, destination: Path) -> None:
-    """Give `destination` the files of `source` as hard links (both on one file system); an existing folder is replaced whole.
+def copy_folder(source: Path, destination: Path) -> None:
+    """Copy a folder whole; an existing one is replaced.
 
     Raises:
         StorageError: the destination is not writable.
@@ -167,4 +167,4 @@ def link_folder(source: Path, destination: Path) -> None:
                 place.mkdir(parents=True, exist_ok=True)
             else:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                os.link(path, place)
+                copy_file(path, place)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from enum import Enum
 
+import msgspec
+
 from edgekd.errors import BudgetError
 from edgekd.records.base import Record
 from edgekd.records.measure import Clock, Fingerprint, NonNegativeFloat
@@ -39,6 +41,9 @@ class Budget(Record, tag="edgekd.budget/1", frozen=True, kw_only=True):
     init_ms: float | None = None
 
     def __post_init__(self) -> None:
+        for name, value in ((name, getattr(self, name)) for name in self.__struct_fields__):
+            if type(value) is int:  # 50 and 50.0 are one budget: they must have one JSON
+                msgspec.structs.force_setattr(self, name, float(value))
         for name in ("latency_ms", "latency_share", "size_mb", "memory_mb", "first_inference_ms", "init_ms"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

@@ -21,6 +21,8 @@ _TIMING_SAMPLES = 4
 
 
 class _Made(Record, tag="edgekd.candidate_artifact/1", frozen=True, kw_only=True):
+    """A candidate's artifact; its files lie beside this record."""
+
     artifact: Artifact
 
 

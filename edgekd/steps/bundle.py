@@ -8,14 +8,14 @@ import msgspec
 
 from edgekd import __version__
 from edgekd.artifact import StoredArtifact
-from edgekd.bundle import copy_tree, file_hashes, model_card, save_evaluation, seal, utc_now, versions, write_text
+from edgekd.bundle import file_hashes, model_card, save_evaluation, seal, utc_now, versions, write_text
 from edgekd.contracts import Tensors
 from edgekd.records import Ledger, LedgerRow, Manifest, Measurement, QuantRecipe, Record, StudentSpec
 from edgekd.report.data import ReportData
 from edgekd.report.render import write_report
 from edgekd.steps.context import Context, row
 from edgekd.steps.validate import ValidateOut
-from edgekd.storage import copy_file
+from edgekd.storage import copy_file, copy_folder
 
 
 class Evidence(Record, tag="edgekd.evidence/1", frozen=True, kw_only=True):
@@ -60,7 +60,7 @@ def run_bundle(
     size = save_evaluation(evaluation, test.inputs, test.targets, teacher_test)
     capped = size > context.options.bundle_data_mb * 1e6
     if not capped:
-        copy_tree(evaluation, place / "evaluation")
+        copy_folder(evaluation, place / "evaluation")
     Evidence(measurements=validated.measurements).save(place / "evidence.json")
     items = len(next(iter(test.inputs.values())))
     held = f"{items} items, {size / 1e6:.1f} MB: a gate needs nothing else"

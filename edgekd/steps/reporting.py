@@ -16,13 +16,13 @@ from edgekd.steps.validate import ValidateOut
 
 
 def mark_chosen(points: Sequence[Point], validated: ValidateOut) -> list[Point]:
-    """The points with the role `student` for the one that was judged alone; what else was tried is a `candidate`."""
+    """The points with the role `student` for the one that was judged alone; what else was made of a student is `tried`."""
     chosen = validated.artifact.precision.value
     out = []
     judged: int | None = None
     for position, point in enumerate(points):
         is_student = point.role == "student"
-        out.append(msgspec.structs.replace(point, role="candidate") if is_student else point)
+        out.append(msgspec.structs.replace(point, role="tried") if is_student else point)
         if point.precision == chosen and (is_student if validated.chosen == "student" else point.role == "teacher"):
             judged = position
     if judged is not None:

@@ -46,7 +46,8 @@ def test_a_net_whose_int8_is_slower_ships_in_float(tmp_path: Path) -> None:
     (row,) = kit.rows_of(result, "quantize", "int8")
     assert row.decision == "rolled back"
     assert "not faster" in row.reason
-    times = {point.precision: point.latency_ms for point in result.points if point.role == "student"}
+    times = {point.precision: point.latency_ms for point in result.points if point.role in ("student", "tried")}
+    assert [point.precision for point in result.points if point.role == "student"] == ["fp32"]
     assert times["int8"] > times["fp32"]
     assert result.bundle is not None
     bundle = open_bundle(result.bundle)
