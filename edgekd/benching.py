@@ -32,8 +32,10 @@ def load_inputs(folder: Path, iospec: IOSpec) -> dict[str, Array]:
     """The arrays `NAME.npy` of a folder, one per input of the model, `(samples, ...)`; `inputs.npy` serves a model with one input.
 
     Raises:
-        DataError: a file is missing, holds other shapes, or is not finite.
+        DataError: the folder or a file is missing, a file holds other shapes, or is not finite.
     """
+    if not folder.is_dir():
+        raise DataError("the folder with the inputs does not exist", found=str(folder), hint="check the path", subject=folder)
     out: dict[str, Array] = {}
     for spec in iospec.inputs:
         path = folder / f"{spec.name}.npy"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Tensors
 from edgekd.errors import BundleError, InputError
-from edgekd.records import Manifest, Record
+from edgekd.records import Format, Manifest, Record, TensorSpec
 from edgekd.storage import sha256_file, write_atomic
 from edgekd.tree import first_line
 
@@ -181,7 +182,7 @@ def open_bundle(folder: Path) -> Bundle:
             subject=folder,
         )
     manifest = _loaded(Manifest, folder / MANIFEST, f"the bundle's {MANIFEST} cannot be read")
-    if msgspec.structs.replace(manifest, seal="").digest() != manifest.seal:
+    if _seal_of(folder / MANIFEST) != manifest.seal:
         raise BundleError(
             f"the bundle's {MANIFEST} was changed",
             found=f"seal {manifest.seal[:16] or 'none'}",
@@ -213,11 +214,46 @@ def open_bundle(folder: Path) -> Bundle:
     return bundle
 
 
+def _seal_of(path: Path) -> str:
+    """The digest of a manifest's fields as they stand in the file, so that a field that came later does not break an older bundle."""
+    fields = msgspec.json.decode(path.read_bytes())
+    return hashlib.sha256(msgspec.json.encode(fields | {"seal": ""})).hexdigest()
+
+
 def model_card(manifest: Manifest, *, student: str, summary: Mapping[str, str]) -> str:
     """A short Markdown text about the student for those who get only the folder."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in summary.items())
     simulated = f"\n**Simulated ({manifest.verdict.simulated}): these numbers are not from real hardware.**\n" if manifest.verdict.simulated else ""
-    return f"# {student}\n\nVerdict: **{manifest.verdict.outcome.value}**. {manifest.verdict.reason}\n{simulated}\n| | |\n|---|---|\n{rows}\n"
+    head = f"# {student}\n\nVerdict: **{manifest.verdict.outcome.value}**. {manifest.verdict.reason}\n{simulated}"
+    return f"{head}\n| | |\n|---|---|\n{rows}\n{_tensors(manifest)}{_snippet(manifest)}"
+
+
+def _tensors(manifest: Manifest) -> str:
+    spec = manifest.artifact.iospec
+    known = [("input", tensor) for tensor in spec.inputs] + [("output", tensor) for tensor in spec.outputs]
+    rows = "".join(f"| {kind} | `{tensor.name}` | {tensor.dtype} | ({', '.join(map(str, tensor.shape))}) |\n" for kind, tensor in known)
+    return f"\n| | name | dtype | shape |\n|---|---|---|---|\n{rows}"
+
+
+def _sizes(tensor: TensorSpec, binding: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(binding.get(axis, 1) if isinstance(axis, str) else axis for axis in tensor.shape)
+
+
+def _snippet(manifest: Manifest) -> str:
+    """Five lines of Python that run the artifact; empty for formats other than ONNX."""
+    if manifest.artifact.format is not Format.ONNX:
+        return ""
+    binding = manifest.artifact.iospec.static_binding
+    feeds = ", ".join(f"{tensor.name!r}: np.zeros({_sizes(tensor, binding)}, np.{np.dtype(tensor.dtype).name})" for tensor in manifest.artifact.iospec.inputs)
+    threads = manifest.fingerprint.fields.get("threads", "1")
+    lines = (
+        "import numpy as np, onnxruntime as ort",
+        f"options = ort.SessionOptions(); options.intra_op_num_threads = {threads}",
+        f'session = ort.InferenceSession("artifact/{manifest.artifact.entry}", options, providers=["CPUExecutionProvider"])',
+        f"outputs = session.run(None, {{{feeds}}})",
+        "print(*(output.shape for output in outputs))",
+    )
+    return "\nTo run it from this folder, with your arrays in place of the zeros:\n\n```python\n" + "\n".join(lines) + "\n```\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,8 +11,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from edgekd import registry
 from edgekd.errors import ConfigError, EdgekdError
 from edgekd.profile_file import ProfileEntry, list_profiles
+from edgekd.records import Profile
 from edgekd.records.base import Record
 from edgekd.target import connect
 
@@ -198,6 +200,9 @@ def _check_target(entry: ProfileEntry, open_it: bool) -> TargetRow:
                 simulated, device = target.simulated, dict(target.fingerprint.fields)
         except EdgekdError as error:
             problem, remedy = str(error), error.hint or ""
+    else:
+        problem = _unprovided(profile)
+        remedy = "correct the name, or install the package that provides it" if problem else ""
     return TargetRow(
         profile=profile.name,
         origin=entry.origin,
@@ -215,6 +220,12 @@ def _check_target(entry: ProfileEntry, open_it: bool) -> TargetRow:
         problem=problem,
         remedy=remedy,
     )
+
+
+def _unprovided(profile: Profile) -> str:
+    """Which part of a profile no plug-in provides, without importing any; empty when all are known."""
+    parts = (("transport", "transports", profile.transport.kind), ("runtime", "runtimes", profile.runtime.kind))
+    return "; ".join(f"no plug-in provides the {part} {name!r}" for part, group, name in parts if name not in registry.table(group))
 
 
 def _checkout() -> Path:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from edgekd.errors import EXIT_FAIL, EXIT_PASS, EXIT_REFUSE, ConfigError, EdgekdError, InputError
 from edgekd.records import Check, Outcome, Verdict
-from edgekd.report.words import OUTCOME_WORDS, check_text, interval_text, unit_text, verdict_text
+from edgekd.report.words import check_text, interval_text, next_step, outcome_text, unit_text, verdict_text
 
 OnRefuse = Literal["fail", "neutral"]
 
@@ -152,7 +152,9 @@ def markdown(report: GateReport) -> str:
     """A summary for a pull request or a job page: the outcome as a heading, the checks and the conditions as tables."""
     lines = [f"### edgekd gate: {_cell(report.name)}: {report.outcome.upper()}", "", _cell(one_line(report)), ""]
     if report.verdict is not None:
-        lines += [f"{OUTCOME_WORDS[report.verdict.outcome]}.", ""]
+        lines += [f"{_cell(outcome_text(report.verdict))}.", ""]
+        if step := next_step(report.verdict):
+            lines += [f"Next step: {_cell(step)}.", ""]
         if report.verdict.checks:
             lines += ["| check | outcome | value | limit | interval | n | note |", "|---|---|---|---|---|---|---|"]
             for check in report.verdict.checks:

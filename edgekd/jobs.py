@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import BudgetError, DataError, near_names
-from edgekd.options import Options
+from edgekd.options import Options, QuantizeOptions, SearchOptions, TrainOptions
 from edgekd.records import Budget, Record
 from edgekd.records.model import NonNegative
 from edgekd.toml_file import TomlText, apply_overrides, check_known, load_toml, parse_overrides, to_record
@@ -153,7 +153,13 @@ class Job:
     def _split(self, name: str) -> Any:
         text = getattr(self.spec.data, name)
         folder = self.folder / text
-        return load_folder(folder) if folder.is_dir() else self._made(("data", name), text)
+        if folder.is_dir():
+            return load_folder(folder)
+        if ":" not in text:
+            raise self.document.problem(
+                ("data", name), "the folder does not exist", found=str(folder), allowed="a folder with NAME.npy and targets.npy, or module:function"
+            )
+        return self._made(("data", name), text)
 
     def _onnx(self, text: str) -> Path | None:
         return self.folder / text if text.endswith(".onnx") else None
@@ -224,6 +230,7 @@ def load_job(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()
     place = Path(path)
     routed = {".".join((["profile"] if keys[0] in _PROFILE_TABLES else []) + list(keys)): value for keys, value in parse_overrides(overrides).items()}
     document = apply_overrides(load_toml(place), routed)
+    _check_inner_names(document)
     check_known(document, (), document.data, JobSpec.__struct_fields__)
     for key in ("teacher", "data", "budget", "student"):
         if key not in document.data:
@@ -244,6 +251,20 @@ def load_job(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()
             ("student",), "a factory needs choices", hint="add [student.choices] with width = [8, 16], or write fixed = instead of factory ="
         )
     return Job(place, spec, document)
+
+
+def _check_inner_names(document: TomlText) -> None:
+    """Refuse a key at the top that belongs inside a table, with its whole name: `accept_simulated` is `options.accept_simulated`."""
+    inner = {"budget": Budget, "data": JobData, "student": JobStudent, "options": Options, "options.train": TrainOptions}
+    inner |= {"options.search": SearchOptions, "options.quantize": QuantizeOptions}
+    for key in document.data:
+        if key in JobSpec.__struct_fields__:
+            continue
+        whole = [f"{table}.{key}" for table, kind in inner.items() if key in kind.__struct_fields__]
+        if whole:
+            raise document.problem(
+                (key,), f"unknown key {key!r}", allowed=f"{' or '.join(whole)} (did you mean this?)", hint=f"--set {whole[0]}=VALUE, or the table in the file"
+            )
 
 
 _EXAMPLES = {

@@ -54,6 +54,13 @@ def require_samples(protocol: LaunchProtocol, percentile: float) -> None:
         InputError: `protocol.min_samples` is below `min_samples(percentile)`.
     """
     needed = min_samples(percentile)
+    if protocol.min_samples < needed and percentile < 1.0:
+        raise InputError(
+            f"a launch has too few inferences for percentile {percentile:g}",
+            found=f"percentile {percentile:g}, min_samples = {protocol.min_samples}",
+            allowed=f"min_samples of at least {needed}",
+            hint=f"percentiles go from 0 to 100; did you mean {percentile * 100:g}?",
+        )
     if protocol.min_samples < needed:
         raise InputError(
             f"a launch has too few inferences for percentile {percentile:g}",

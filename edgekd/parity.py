@@ -170,6 +170,7 @@ def _result(
         nonfinite=nonfinite,
         constant=constant,
         reason=reason,
+        tolerance_kind=tolerance.kind,
     )
 
 

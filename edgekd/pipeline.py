@@ -57,6 +57,8 @@ def make_context(
     judged = {name: make_split(data, meaning, name=name, input_names=names, seed=seed) for name, data in (("validation", validation), ("test", test))}
     for split in judged.values():
         split.require_repeatable()
+    if getattr(student, "onnx", None) is not None:
+        store.about |= {"search": "nothing to choose: the student is a file", "distil": "nothing to train: the student is a file"}
     return Context(
         target=target,
         task=meaning,

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from edgekd.records import Precision, Record
 from edgekd.stages import STAGES
+from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context
+from edgekd.steps.inputs import baseline_inputs, run_facts, search_inputs
+from edgekd.steps.search import SearchOut
 
 _START_S = 0.6
 _EXPORT_S = 3.0
@@ -15,7 +18,11 @@ _MEGABYTE = 1e6
 
 
 class PlanRow(Record, tag="edgekd.plan_row/1", frozen=True, kw_only=True):
-    """One stage: launches on the device, trainings on the host, and minutes where they follow from the protocol."""
+    """One stage: launches on the device, trainings on the host, and minutes where they follow from the protocol.
+
+    `finished`: the run folder holds its output for exactly these inputs. `done_before`: it holds outputs of this stage, for the same
+    inputs or others; which, is known only when the stages before it are done.
+    """
 
     stage: str
     about: str
@@ -23,6 +30,7 @@ class PlanRow(Record, tag="edgekd.plan_row/1", frozen=True, kw_only=True):
     trainings: str
     minutes: float | None
     finished: bool
+    done_before: bool = False
 
 
 class Plan(Record, tag="edgekd.plan/1", frozen=True, kw_only=True):
@@ -43,7 +51,9 @@ class Plan(Record, tag="edgekd.plan/1", frozen=True, kw_only=True):
         lines.append("items: " + ", ".join(f"{name} {count if count >= 0 else 'stream'}" for name, count in self.items.items()))
         for row in self.rows:
             took = "finished: reused" if row.finished else "training time unknown" if row.minutes is None else f"about {row.minutes:.1f} min"
-            lines.append(f"{row.stage:9} {row.launches:4d} launches  {row.trainings or 'no training':32} {took}  ({row.about})")
+            parts = [f"{row.launches} launches" if row.launches else "", row.trainings, took]
+            before = "; done before, with the same or other settings" if row.done_before else ""
+            lines.append(f"{row.stage}: {', '.join(part for part in parts if part)}{before} ({row.about})")
         lines.append(f"measuring and converting: about {self.minutes:.1f} min; disk: about {self.disk_mb:.0f} MB")
         return "\n".join([*lines, *self.notes])
 
@@ -61,8 +71,9 @@ def make_plan(context: Context, run_dir: Path) -> Plan:
     screen_s = measure.screen.launch.warmup_min_s + measure.screen.launch.min_time_s + _START_S
     verdict_s = measure.verdict.launch.warmup_min_s + measure.verdict.launch.min_time_s + measure.verdict.launch.gap_s + _START_S
     screens, verdicts = measure.screen.launches, measure.verdict.launches
-    trained = "" if from_file else f"1 of {options.train.epochs} epochs per attempt"
-    short = f"{rungs} of {options.search.rung_epochs} epochs, then doubled" if rungs > 1 else ""
+    trained = "" if from_file else f"1 training of {_epochs(options.train.epochs)} per attempt"
+    longer = ", then fewer and longer" if rungs > 2 else ""
+    short = f"{rungs} trainings of {_epochs(options.search.rung_epochs)}{longer}" if rungs > 1 else ""
     rows = {
         "baseline": (screens * precisions + 8, "", screen_s, 2 * _EXPORT_S),
         "search": (screens * precisions * searched, short, screen_s, _EXPORT_S * searched),
@@ -72,6 +83,7 @@ def make_plan(context: Context, run_dir: Path) -> Plan:
         "validate": (2 * verdicts, "", verdict_s, 0.0),
         "bundle": (0, "", 0.0, _EXPORT_S),
     }
+    finished = _finished(context)
     done = {path.name.partition("-")[0] for path in (run_dir / "stages").glob("*-*")} if (run_dir / "stages").is_dir() else set()
     simulated = context.simulated == "null"
     out = []
@@ -81,11 +93,12 @@ def make_plan(context: Context, run_dir: Path) -> Plan:
         out.append(
             PlanRow(
                 stage=stage.name,
-                about=stage.about,
+                about=context.store.about.get(stage.name, stage.about),
                 launches=launches,
                 trainings=trainings,
                 minutes=None if stage.name == "distil" and trainings else seconds / 60.0,
-                finished=stage.name in done,
+                finished=stage.name in finished,
+                done_before=stage.name in done - finished,
             )
         )
     batch = context.test.all(1)
@@ -93,7 +106,7 @@ def make_plan(context: Context, run_dir: Path) -> Plan:
     splits = {"train": context.train, "validation": context.validation, "test": context.test}
     items = {name: len(split) if split.indexed else -1 for name, split in splits.items()}
     disk = max(items["test"], 0) * item + (max(items["train"], 0) * options.train.views * 4096 if options.train.teacher_outputs != "online" else 0)
-    notes = ["a finished stage is reused only if its inputs, options and device are still the same"] if done else []
+    notes = ["a stage that was done before is reused only if its inputs, options and device are still the same"] if done - finished else []
     return Plan(
         target=context.target.name,
         simulated=context.simulated,
@@ -104,3 +117,17 @@ def make_plan(context: Context, run_dir: Path) -> Plan:
         disk_mb=disk / _MEGABYTE + 10.0,
         notes=tuple(notes),
     )
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'' if count == 1 else 's'}"
+
+
+def _finished(context: Context) -> set[str]:
+    """The stages whose stored output surely serves: the baseline, and the search, whose inputs follow from it."""
+    facts = run_facts(context)
+    baseline = context.store.stored("baseline", baseline_inputs(context, facts), BaselineOut)
+    if baseline is None:
+        return set()
+    found = context.store.stored("search", search_inputs(context, facts, baseline), SearchOut)
+    return {"baseline"} if found is None else {"baseline", "search"}

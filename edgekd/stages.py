@@ -73,6 +73,8 @@ class StageStore:
     def __init__(self, run_dir: Path, listener: Listener | None = None) -> None:
         self.run_dir = run_dir
         self.keys: dict[str, str] = {}
+        self.about: dict[str, str] = {}
+        """What a stage does in this run, by its name, where the table's words do not fit."""
         self._listener = listener
         self._lock = -1
 
@@ -136,6 +138,12 @@ class StageStore:
         if self._listener is not None:
             self._listener(event)
 
+    def stored(self, name: str, inputs: Mapping[str, Any], output: type[R]) -> R | None:
+        """What a finished stage without parents left under exactly these inputs, or `None`. Nothing is changed or told."""
+        stage = next(row for row in STAGES if row.name == name)
+        final = self.run_dir / "stages" / f"{name}-{stage_key(name, stage.version, {}, inputs)[:16]}"
+        return _stored(output, final) if (final / _OUTPUT).is_file() else None
+
     def run(
         self, name: str, inputs: Mapping[str, Any], output: type[R], work: Callable[[Path, Path], R], *, parents: Mapping[str, str] | None = None
     ) -> tuple[R, Path]:
@@ -148,12 +156,13 @@ class StageStore:
         known = parents if parents is not None else {parent: self.keys[parent] for parent in stage.parents if parent in self.keys}
         key = stage_key(name, stage.version, known, inputs)
         self.keys[name] = key
+        about = self.about.get(name, stage.about)
         final = self.run_dir / "stages" / f"{name}-{key[:16]}"
         scratch = self.run_dir / "work" / f"{name}-{key[:16]}"
         if (final / _OUTPUT).is_file():
             record = _stored(output, final)
             shutil.rmtree(scratch, ignore_errors=True)  # still there if the process was killed just after the stage was finished
-            self.tell(name, "reused", stage.about, key=key)
+            self.tell(name, "reused", about, key=key)
             return record, final
         try:
             scratch.mkdir(parents=True, exist_ok=True)
@@ -161,13 +170,13 @@ class StageStore:
             raise StorageError(
                 "the run folder cannot be written", found=error.strerror, hint="free some space and run the same command again", subject=scratch
             ) from error
-        self.tell(name, "started", stage.about, key=key)
+        self.tell(name, "started", about, key=key)
         start = time.monotonic()
         with folder_atomic(final) as folder:
             record = work(folder, scratch)
             record.save(folder / _OUTPUT)
         shutil.rmtree(scratch, ignore_errors=True)
-        self.tell(name, "finished", stage.about, key=key, seconds=time.monotonic() - start)
+        self.tell(name, "finished", about, key=key, seconds=time.monotonic() - start)
         return record, final
 
 

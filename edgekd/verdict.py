@@ -263,9 +263,10 @@ def check_plausible(limit_ms: float, teacher_ms: float, percentile: float, *, al
     if not allow_extreme and not teacher_ms / 100.0 <= limit_ms <= teacher_ms * (1.0 + ROUNDING):
         above = limit_ms > teacher_ms
         raise BudgetError(
-            f"the latency limit is {'above the teacher own latency' if above else 'below a hundredth of the teacher latency'}",
+            "the latency limit is above the teacher's own latency" if above else "the latency limit is below a hundredth of the teacher's latency",
             found=f"limit {limit_ms:.4g} ms, teacher {teacher_ms:.4g} ms at p{percentile:g}",
             allowed=f"{teacher_ms / 100.0:.4g} to {teacher_ms:.4g} ms",
-            hint="latencies are in milliseconds (0.3 ms, not 300 us or 0.0003 s); allow_extreme=True accepts it as it is",
+            hint="latencies are in milliseconds (0.3 ms, not 300 us or 0.0003 s); allow_extreme=True accepts it as it is "
+            "(options.allow_extreme = true in a job, --allow-extreme on the command line)",
             subject="latency_ms",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,7 +21,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 _PIPE_WIDTH = 200
-_WIDE = 140
 
 
 def set_option(function: F) -> F:
@@ -41,15 +41,16 @@ def json_option(function: F) -> F:
 
 
 def console(*, err: bool = False) -> Console:
-    """A console that prints text as it is: no markup from names, and wide lines where nobody looks."""
+    """A console that prints text as it is: no markup from names; where nobody looks, lines as wide as COLUMNS says, else wide ones."""
     from rich.console import Console
 
     stream = sys.stderr if err else sys.stdout
-    return Console(stderr=err, markup=False, highlight=False, emoji=False, soft_wrap=False, width=None if stream.isatty() else _PIPE_WIDTH)
+    width = None if stream.isatty() else shutil.get_terminal_size((_PIPE_WIDTH, 24)).columns
+    return Console(stderr=err, markup=False, highlight=False, emoji=False, soft_wrap=False, width=width)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Sequence[int] = ()) -> None:
-    """A table on standard output, its title on a line of its own."""
+    """A table on standard output, its title on a line of its own, without blanks at the ends of lines."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -61,7 +62,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_row(*(Text(cell) for cell in row))
     out = console()
     out.print(Text(title, style="bold"))
-    out.print(table)
+    if out.is_terminal:
+        out.print(table)
+        return
+    with out.capture() as drawn:
+        out.print(table)
+    click.echo("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
 def print_json(value: Any) -> None:
@@ -89,8 +95,8 @@ def launch_progress(label: str, done: int, total: int) -> None:
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """The checks as a table, then the verdict in one line."""
-    from edgekd.report.words import interval_text, unit_text, verdict_text
+    """The checks as a table, then the verdict in one line, then what to do where something can be done."""
+    from edgekd.report.words import interval_text, next_step, unit_text, verdict_text
 
     if verdict.checks:
         print_table(
@@ -111,23 +117,25 @@ def print_verdict(verdict: Verdict) -> None:
             numeric=(2, 3, 4, 5),
         )
     click.echo(verdict_text(verdict))
+    if step := next_step(verdict):
+        click.echo(f"next step: {step}")
 
 
 def print_ledger(ledger: Ledger) -> None:
-    """Every step: decision, before and after, why. A narrow terminal leaves size and precision to the report, and says so."""
+    """Every step: decision, then before and after, and why."""
     from edgekd.report.words import change_cells
 
     kinds = {row.simulated for row in ledger.rows}
     everywhere = kinds.pop() if len(kinds) == 1 else ""
-    narrow = console().width < _WIDE
     rows = []
     for row in ledger.rows:
         step = row.step if row.simulated == everywhere else f"{row.step} [simulated: {row.simulated or 'no'}]"
         latency, score, size, precision = change_cells(row)
-        rows.append((row.stage, step, row.decision, latency, score, *(() if narrow else (size, precision)), row.reason))
-    title = "Ledger (before → after)" + (f", SIMULATED: {everywhere}" if everywhere else "") + (", size and precision are in the report" if narrow else "")
-    columns = ("stage", "step", "decision", "latency", "score", *(() if narrow else ("size", "precision")), "why")
-    print_table(title, columns, rows, numeric=(3, 4) if narrow else (3, 4, 5))
+        changes = [latency, *([f"score {score}"] if score != "-" else []), size, precision]
+        change = ", ".join(cell for cell in changes if cell != "-")
+        rows.append((row.stage, step, row.decision, ": ".join(part for part in (change, row.reason) if part)))
+    title = "Ledger (before → after)" + (f", SIMULATED: {everywhere}" if everywhere else "")
+    print_table(title, ("stage", "step", "decision", "what and why"), rows)
 
 
 def require(module: str, extra: str, purpose: str) -> None:

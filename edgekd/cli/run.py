@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
     from edgekd.contracts import Callback
     from edgekd.result import Result
 
-_ONLY_ONNX = ["data", "latency_ms", "latency_share", "percentile", "max_drop", "size_mb", "target", "task", "seed", "allow_extreme", "accept_simulated"]
+_ONLY_ONNX = {
+    "data": "name the splits under [data] in the job",
+    "latency_ms": "--set budget.latency_ms=0.3",
+    "latency_share": "--set budget.latency_share=0.5",
+    "percentile": "--set budget.percentile=50",
+    "max_drop": "--set budget.max_drop=0.01",
+    "size_mb": "--set budget.size_mb=1.5",
+    "task": "--set task=classification",
+    "seed": "--set seed=1",
+}
+"""Options that a job does not take, and what says the same there."""
 
 
 def _print_result(result: Result, as_json: bool) -> int:
@@ -32,9 +43,22 @@ def _print_result(result: Result, as_json: bool) -> int:
         return result.exit_code
     print_ledger(result.ledger)
     print_verdict(result.verdict)
+    if result.bundle is not None:
+        click.echo(_shipped_line(result.bundle))
     click.echo(f"bundle: {result.bundle if result.bundle is not None else 'none, because no artifact was judged'}")
     click.echo(f"report: {result.report}")
     return result.exit_code
+
+
+def _shipped_line(bundle: Path) -> str:
+    """What the bundle holds in one line; it is called shipped only after a pass."""
+    from edgekd.bundle import MANIFEST
+    from edgekd.records import Manifest, Outcome
+    from edgekd.report.words import artifact_words
+
+    manifest = Manifest.load(bundle / MANIFEST)
+    words = f"{', '.join(artifact_words(manifest).values())}; judged {manifest.created_at}"
+    return f"shipped: {words}" if manifest.verdict.outcome is Outcome.PASS else f"judged, not to be shipped: {words}"
 
 
 @click.command()
@@ -71,11 +95,11 @@ def demo(run_dir: Path, target: str, overrides: tuple[str, ...], seed: int, acce
 @click.option("--percentile", type=float, help="With --quantize-only: the budget's percentile. Default: 50.")
 @click.option("--max-drop", type=float, help="With --quantize-only: the largest drop of the metric, for example 0.01.")
 @click.option("--size-mb", type=float, help="With --quantize-only: the size budget in megabytes (10^6 bytes).")
-@click.option("--target", help="With --quantize-only: the profile. Default: local.")
+@click.option("--target", help="A profile by name, or the path of its file. Default: what the job says; local with --quantize-only.")
 @click.option("--task", type=click.Choice(["classification", "regression"]), help="With --quantize-only: what outputs mean. Default: told from the data.")
 @click.option("--seed", type=click.IntRange(min=0), help="With --quantize-only: seed of the split. Default: 0.")
-@click.option("--allow-extreme", is_flag=True, default=None, help="With --quantize-only: accept a budget above the file's latency or below a hundredth of it.")
-@click.option("--accept-simulated", is_flag=True, default=None, help="With --quantize-only: let a simulated target pass; the manifest records it.")
+@click.option("--allow-extreme", is_flag=True, default=None, help="Accept a budget above the teacher's latency or below a hundredth of it.")
+@click.option("--accept-simulated", is_flag=True, default=None, help="Let a simulated target pass; the manifest records it.")
 def compress(job: Path | None, plan_only: bool, overrides: tuple[str, ...], run_dir: Path | None, as_json: bool, model: Path | None, **only: Any) -> int:
     """Make a student that meets a budget: from JOB (a TOML file), or from one ONNX file with --quantize-only.
 
@@ -87,11 +111,22 @@ def compress(job: Path | None, plan_only: bool, overrides: tuple[str, ...], run_
         if plan_only:
             raise click.UsageError("--plan needs a JOB file")
         return _print_result(_quantize_only(model, overrides, run_dir, **only), as_json)
-    wrong = [name for name in _ONLY_ONNX if only[name] is not None]
-    if wrong:
-        option = f"--{wrong[0].replace('_', '-')}"
-        raise click.UsageError(f"{option} goes with --quantize-only; in a job, write it in the file or use --set (for example --set budget.latency_ms=0.3)")
-    return _compress_job(Path(str(job)), overrides, run_dir, plan_only, as_json)
+    place = Path(str(job))
+    if place.suffix == ".onnx":
+        raise click.UsageError(f"{place} is a model, not a job: edgekd compress --quantize-only {place} --data FOLDER --latency-share 0.6")
+    wrong = next((name for name in _ONLY_ONNX if only[name] is not None), None)
+    if wrong is not None:
+        raise click.UsageError(f"--{wrong.replace('_', '-')} goes with --quantize-only; for a job: {_ONLY_ONNX[wrong]}")
+    return _compress_job(place, (*overrides, *_job_overrides(**only)), run_dir, plan_only, as_json)
+
+
+def _job_overrides(target: str | None, allow_extreme: bool | None, accept_simulated: bool | None, **_: Any) -> list[str]:
+    """The options that a job takes too, as overrides. A profile's path is relative to where the command runs, not to the job."""
+    found = [f"options.{name}=true" for name, given in (("allow_extreme", allow_extreme), ("accept_simulated", accept_simulated)) if given]
+    if target is not None:
+        is_path = "/" in target or target.endswith(".toml")
+        found.append(f"target={json.dumps(str(Path(target).resolve()) if is_path else target, ensure_ascii=False)}")
+    return found
 
 
 def _compress_job(path: Path, overrides: tuple[str, ...], run_dir: Path | None, plan_only: bool, as_json: bool) -> int:

@@ -16,7 +16,7 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
 class Grade(str, Enum):
-    """`screen` serves the search and may be cached; `verdict` decides and is always taken anew."""
+    """`screen` serves the search and may be cached; `verdict` decides and never comes from the cache."""
 
     SCREEN = "screen"
     VERDICT = "verdict"

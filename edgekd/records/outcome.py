@@ -123,7 +123,10 @@ class Ledger(Record, tag="edgekd.ledger/1", frozen=True, kw_only=True):
 
 
 class TensorParity(Record, tag="edgekd.tensor_parity/1", frozen=True, kw_only=True):
-    """How one output tensor of a hop compares with its source. `sqnr_db` is signal to error in decibel."""
+    """How one output tensor of a hop compares with its source. `sqnr_db` is signal to error in decibel.
+
+    `tolerance_kind` says what `tolerance` is: `relative`, a share of the reference's largest magnitude, or `sqnr`, decibel.
+    """
 
     name: str
     max_abs: float
@@ -135,6 +138,7 @@ class TensorParity(Record, tag="edgekd.tensor_parity/1", frozen=True, kw_only=Tr
     nonfinite: NonNegative = 0
     constant: bool = False
     reason: str = ""
+    tolerance_kind: str = ""
 
 
 class HopParity(Record, tag="edgekd.hop_parity/1", frozen=True, kw_only=True):
@@ -164,7 +168,8 @@ class Point(Record, tag="edgekd.point/1", frozen=True, kw_only=True):
 class Manifest(Record, tag="edgekd.manifest/1", frozen=True, kw_only=True):
     """What a bundle holds and claims; `files` maps every file of the bundle but the manifest to its SHA-256.
 
-    `evaluation` does so for evaluation data that were over the cap and lie elsewhere. `seal` is the digest of the manifest without it.
+    `evaluation` does so for evaluation data that were over the cap and lie elsewhere. `accuracy` is the artifact's on the
+    test split, in `metric`. `seal` is the digest of the manifest without it.
     """
 
     edgekd: str
@@ -186,4 +191,6 @@ class Manifest(Record, tag="edgekd.manifest/1", frozen=True, kw_only=True):
     proven_on_hardware: bool = False
     stage_keys: dict[str, str] = {}
     evaluation: dict[str, str] = {}
+    accuracy: float | None = None
+    metric: str = ""
     seal: str = ""

@@ -30,7 +30,8 @@ class ReportData(Record, tag="edgekd.report_data/1", frozen=True, kw_only=True):
     `limit_ms` is the latency limit that was judged (a share already resolved). `measurements` are verdict grade, the
     teacher first and then the student; the label tells which. `points` have the roles `candidate`, `teacher`, `student`
     (the one that was chosen). `paths` are shown as they are, for example `{"bundle": "runs/digits/bundle"}`. `search_counts`
-    are for example `{"proposed": 12, "measured": 10, "rejected": 2}`. A part that a run does not have stays empty; the
+    are for example `{"proposed": 12, "measured": 10, "rejected": 2}`. `shipped` says what the bundle holds, part by part, as name and text; `training_notes`
+    stand with the training's curves. A part that a run does not have stays empty; the
     report then says that it is absent.
     """
 
@@ -53,6 +54,8 @@ class ReportData(Record, tag="edgekd.report_data/1", frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     paths: dict[str, str] = {}
     notes: tuple[str, ...] = ()
+    training_notes: tuple[str, ...] = ()
+    shipped: tuple[tuple[str, str], ...] = ()
     seed: int = 0
     task: str = ""
     metric: str = "accuracy"

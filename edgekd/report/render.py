@@ -10,10 +10,10 @@ from typing import Any
 from markupsafe import Markup
 
 from edgekd import __version__
-from edgekd.records import Check, Fingerprint, HopParity, Launch, Limits, Measurement, Snapshot
+from edgekd.records import Check, Fingerprint, HopParity, Launch, Limits, Measurement, Outcome, Snapshot
 from edgekd.report import plots
 from edgekd.report.data import ReportData
-from edgekd.report.words import OUTCOME_WORDS, budget_text, change_cells, interval_text, ms_text, percentile_text, unit_text
+from edgekd.report.words import budget_text, change_cells, interval_text, ms_text, outcome_text, percentile_text, tolerance_text, unit_text
 from edgekd.storage import write_atomic
 
 _SIMULATED_WORDS = {
@@ -68,7 +68,7 @@ def _context(data: ReportData) -> dict[str, Any]:
     return {
         "data": data,
         "version": __version__,
-        "heading": "NO VERDICT: the run did not come that far" if data.verdict is None else OUTCOME_WORDS[data.verdict.outcome],
+        "heading": "NO VERDICT: the run did not come that far" if data.verdict is None else outcome_text(data.verdict),
         "outcome": "none" if data.verdict is None else data.verdict.outcome.value,
         "simulated": _simulated(data),
         "budget": budget_text(data.budget, data.limit_ms),
@@ -102,8 +102,10 @@ def _simulated(data: ReportData) -> str:
 
 
 def _facts(data: ReportData) -> tuple[tuple[str, str], ...]:
-    """Teacher and student at a glance: their verdict-grade latency and the last measured accuracy in the points."""
-    rows = [("Target", data.target), ("Budget", budget_text(data.budget, data.limit_ms)), ("Task", data.task or "not stated"), ("Seed", str(data.seed))]
+    """What ships, or was judged only, at a glance, and the verdict-grade latency of teacher and student."""
+    ships = data.verdict is not None and data.verdict.outcome is Outcome.PASS
+    rows = [("Target", data.target), ("Budget", budget_text(data.budget, data.limit_ms)), ("Task", data.task or "not stated")]
+    rows += [(f"{'Ships' if ships else 'Judged'}: {name}", text) for name, text in data.shipped]
     for item in data.measurements:
         values = [value for value in (plots.launch_ms(launch, data.budget.percentile) for launch in item.launches) if value is not None]
         if values:
@@ -197,11 +199,12 @@ def _parity(hops: Sequence[HopParity]) -> _Table | None:
             found += [f"first differs at {hop.first_bad}"] if hop.first_bad and not tensor.passed else []
             agreement = "-" if hop.agreement is None else f"{hop.agreement:.4f}"
             verdict = "same" if tensor.passed else "differs"
-            numbers = (f"{tensor.max_abs:.3g}", f"{tensor.tolerance:.3g}", f"{tensor.sqnr_db:.1f} dB", f"{tensor.cosine:.6f}", agreement, str(hop.samples))
+            errors = (f"{tensor.max_abs:.3g}", f"{tensor.max_rel:.1e}", f"{tensor.sqnr_db:.1f} dB")
+            numbers = (*errors, tolerance_text(tensor), f"{tensor.cosine:.6f}", agreement, str(hop.samples))
             rows.append((hop.hop, tensor.name, verdict, *numbers, "; ".join(found) or "-"))
             classes.append("kept" if tensor.passed else "broken")
-    columns = ("hop", "output", "result", "largest error", "tolerance", "signal to error", "cosine", "agreement", "samples", "note")
-    return _Table("Each hop against the one before it, on real inputs", columns, tuple(rows), (3, 4, 5, 6, 7, 8), tuple(classes)) if rows else None
+    columns = ("hop", "output", "result", "largest error", "of the largest value", "signal to error", "asked", "cosine", "agreement", "samples", "note")
+    return _Table("Each hop against the one before it, on real inputs", columns, tuple(rows), (3, 4, 5, 7, 8, 9), tuple(classes)) if rows else None
 
 
 def _range(values: Sequence[float | None], unit: str, digits: int) -> str:

@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
-from edgekd.records import Budget, Check, LedgerRow, Outcome, Score, Verdict
+from edgekd.records import Budget, Check, LedgerRow, Manifest, Outcome, Score, StudentSpec, TensorParity, Verdict
 
 OUTCOME_WORDS = {
     Outcome.PASS: "PASS: every budget is met",
     Outcome.FAIL: "FAIL: a budget is missed",
     Outcome.REFUSE: "REFUSE: the evidence does not decide",
 }
+
+
+def outcome_text(verdict: Verdict) -> str:
+    """The outcome in words. A refuse that no check asked for (simulated numbers, another device) names its own reason."""
+    own = verdict.outcome is Outcome.REFUSE and verdict.reason and all(check.outcome is Outcome.PASS for check in verdict.checks)
+    return f"REFUSE: {' '.join(verdict.reason.split()).split('; ')[0]}" if own else OUTCOME_WORDS[verdict.outcome]
+
+
+def next_step(verdict: Verdict) -> str:
+    """What turns a refuse that is only about simulated numbers into a verdict; empty for every other verdict."""
+    passing = bool(verdict.checks) and all(check.outcome is Outcome.PASS for check in verdict.checks)
+    if verdict.outcome is not Outcome.REFUSE or not verdict.simulated or verdict.accepted_simulated or not passing:
+        return ""
+    return "take a real target, or accept the simulation: --accept-simulated (in a job: options.accept_simulated = true)"
+
+
+def artifact_name(student: StudentSpec | None) -> str:
+    """What an artifact was made from: the student's choices, the given file, or the teacher where there is no student."""
+    if student is None:
+        return "the teacher in int8, no student used"
+    return "the given ONNX file" if student.kind == "fixed-onnx" else student.label()
+
+
+def artifact_words(manifest: Manifest) -> dict[str, str]:
+    """What a bundle holds, part by part: what it is, its precision, latency, size and score."""
+    latency = next((check for check in manifest.verdict.checks if check.name == "latency"), None)
+    words = {"artifact": artifact_name(manifest.student), "precision": manifest.artifact.precision.value}
+    if latency is not None and latency.value is not None:
+        mark = f", simulated ({manifest.verdict.simulated})" if manifest.verdict.simulated else ""
+        words["latency"] = f"{percentile_text(manifest.budget.percentile)} {ms_text(latency.value)}{mark}"
+    words["size"] = size_text(manifest.artifact.size_bytes)
+    teacher = manifest.teacher.get("accuracy")
+    if manifest.accuracy is not None:
+        against = f" (teacher {teacher:.4f})" if isinstance(teacher, (int, float)) else ""
+        words["score"] = f"{manifest.metric or 'score'} {manifest.accuracy:.4f}{against} on the test split"
+    return words
+
+
+def tolerance_text(tensor: TensorParity) -> str:
+    """A parity tolerance with what it is relative to; the bare number where the record does not tell its kind."""
+    if tensor.tolerance_kind == "sqnr":
+        return f"signal to error at least {tensor.tolerance:.1f} dB"
+    if tensor.tolerance_kind == "relative":
+        return f"error at most {tensor.tolerance:.1e} of the largest value"
+    return f"{tensor.tolerance:.3g}"
 
 
 def ms_text(value: float | None) -> str:

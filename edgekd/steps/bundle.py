@@ -13,6 +13,7 @@ from edgekd.contracts import Tensors
 from edgekd.records import Ledger, LedgerRow, Manifest, Measurement, QuantRecipe, Record, StudentSpec
 from edgekd.report.data import ReportData
 from edgekd.report.render import write_report
+from edgekd.report.words import artifact_words, budget_text
 from edgekd.steps.context import Context, row
 from edgekd.steps.validate import ValidateOut
 from edgekd.storage import copy_file, copy_folder
@@ -88,16 +89,24 @@ def run_bundle(
         evaluation=file_hashes(evaluation) if capped else {},
         proven_on_hardware=context.target.profile.proven_on_hardware,
         stage_keys=dict(context.store.keys),
+        accuracy=validated.student_accuracy,
+        metric=context.task.metric,
     )
     name = validated.chosen if spec is None else f"{validated.chosen} ({spec.label()})"
+    fields = context.target.fingerprint.fields
     summary = {
-        "budget": f"{validated.limit_ms:.4g} ms at p{context.budget.percentile:g}",
+        "budget": budget_text(context.budget, validated.limit_ms),
+        "latency": artifact_words(manifest).get("latency", "not measured"),
         f"{context.task.metric} of the artifact": f"{validated.student_accuracy:.4f}",
         f"{context.task.metric} of the teacher": f"{validated.teacher_accuracy:.4f}",
         "agreement": f"{validated.agreement:.4f}",
         "precision": validated.artifact.precision.value,
         "size": f"{validated.artifact.size_bytes / 1e6:.3f} MB",
+        "file to load": f"artifact/{validated.artifact.entry}",
         "target": context.target.name,
+        "device": fields.get("cpu_model", fields.get("device", "not told by the target")),
+        "runtime": f"{fields.get('runtime', context.target.runtime.name)} {fields.get('runtime_version', '(version not told)')}",
+        "threads": fields.get("threads", str(context.target.profile.runtime.threads)),
         "made with": f"edgekd {__version__}, seed {context.seed}",
     }
     write_text(place / "MODEL_CARD.md", model_card(manifest, student=name, summary=summary))

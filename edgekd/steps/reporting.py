@@ -9,6 +9,7 @@ import msgspec
 from edgekd.bundle import utc_now, versions
 from edgekd.records import HopParity, Ledger, LedgerRow, Measurement, Point, Verdict
 from edgekd.report.data import ClassRow, Curve, ReportData
+from edgekd.report.words import artifact_name, size_text
 from edgekd.steps.context import Context
 from edgekd.steps.distil import DistilOut
 from edgekd.steps.search import SearchOut
@@ -48,6 +49,8 @@ def report_data(
     per_class: tuple[ClassRow, ...] = ()
     curves: tuple[Curve, ...] = ()
     notes: list[str] = []
+    training_notes: list[str] = []
+    shipped: tuple[tuple[str, str], ...] = ()
     if validated is not None:
         measurements = tuple(sorted(validated.measurements, key=lambda measurement: measurement.label != "teacher"))
         labels = getattr(context.task, "labels", ())
@@ -62,6 +65,13 @@ def report_data(
         )
         notes.append(f"agreement of the artifact with the teacher on the test split: {validated.agreement:.4f}")
         verdict, limit_ms = validated.verdict, validated.limit_ms
+        against = f"{validated.student_accuracy:.4f} (teacher {validated.teacher_accuracy:.4f}) on the test split"
+        shipped = (
+            ("artifact", artifact_name(distilled.spec if distilled is not None and validated.chosen == "student" else None)),
+            ("precision", validated.artifact.precision.value),
+            ("size", size_text(validated.artifact.size_bytes)),
+            (context.task.metric, against),
+        )
     if distilled is not None and distilled.curve is not None:
         curve = distilled.curve
         curves = (
@@ -72,7 +82,9 @@ def report_data(
                 validation=tuple(entry.validation for entry in curve.epochs),
             ),
         )
-        notes.extend(curve.notes)
+        if validated is not None and validated.chosen != "student":
+            training_notes.append("the student that was trained here is not what was judged: the teacher in int8 was preferred")
+        training_notes.extend(curve.notes)
     if found.predictor_error is not None:
         notes.append(f"the search's latency predictor was off by {found.predictor_error:.1%} on candidates it had not seen (median)")
     profile = context.target.profile
@@ -96,6 +108,8 @@ def report_data(
         versions=versions(),
         paths=dict(paths),
         notes=tuple(notes),
+        training_notes=tuple(training_notes),
+        shipped=shipped,
         seed=context.seed,
         task=context.task.name,
         metric=context.task.metric,

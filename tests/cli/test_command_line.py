@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def edgekd(*args: object) -> Result:
-    return CliRunner().invoke(cli, [str(arg) for arg in args])
+    return CliRunner().invoke(cli, [str(arg) for arg in args], env={"COLUMNS": "200"})
 
 
 def shell(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -71,6 +71,11 @@ def run_dir(model: Path) -> Path:
     done = edgekd("compress", "--quantize-only", model / "net.onnx", "--data", model / "data", *budget, "--target", "null", "--run-dir", place)
     assert done.exit_code == 2, done.output
     assert "SIMULATED: null" in done.output
+    assert "next step: take a real target, or accept the simulation: --accept-simulated (in a job: options.accept_simulated = true)" in done.stdout
+    assert "judged, not to be shipped: the given ONNX file, " in done.stdout
+    assert "nothing to train" in done.stderr
+    assert "train the student" not in done.stderr
+    assert not [line for line in done.stdout.splitlines() if line != line.rstrip()]
     return place
 
 
@@ -126,6 +131,8 @@ def test_module_and_version_work_from_the_shell() -> None:
         (("compress", "--quantize-only", "x.onnx", "--data", "."), "--latency-ms"),
         (("compress", "--quantize-only", "x.onnx", "--plan"), "JOB"),
         (("compress", "job.toml", "--latency-ms", "1"), "--set budget.latency_ms"),
+        (("compress", "job.toml", "--seed", "1"), "--set seed=1"),
+        (("compress", "net.onnx"), "compress --quantize-only net.onnx --data FOLDER"),
         (("compress", "no-such-job.toml"), "check the path"),
         (("convert", "x.onnx", "-o", "y.onnx", "--precision", "int8"), "--calibration"),
         (("gate", "no-such-bundle"), "manifest.json"),
@@ -216,6 +223,54 @@ def test_targets_and_profiles_say_what_never_ran_on_hardware() -> None:
     assert "never ran on real hardware" in edgekd("targets").stdout
     shown = json.loads(edgekd("profile", "show", "null", "--set", "runtime.threads=3", "--json").stdout)
     assert shown["runtime"]["threads"] == 3
+
+
+def test_tables_are_as_wide_as_columns_says_when_piped() -> None:
+    def widest(columns: int) -> int:
+        done = CliRunner().invoke(cli, ["targets"], env={"COLUMNS": str(columns)})
+        return max(len(line) for line in done.stdout.splitlines())
+
+    assert widest(90) <= 90 < widest(160) <= 160
+
+
+def test_targets_mark_a_profile_whose_runtime_no_plugin_provides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "odd.toml").write_text('description = "odd"\n[runtime]\nkind = "no-such-npu"\n')
+    monkeypatch.chdir(tmp_path)
+    (row,) = [row for row in json.loads(edgekd("targets", "--json").stdout) if row["profile"] == "odd"]
+    assert row["problem"] == "no plug-in provides the runtime 'no-such-npu'"
+    assert "no-such-npu" in edgekd("targets").stdout
+
+
+def test_folder_with_inputs_that_is_not_there_is_named(model: Path) -> None:
+    done = edgekd("bench", model / "net.onnx", "--target", "null", "--inputs", model / "nowhere")
+    assert done.exit_code == 3
+    assert "folder with the inputs does not exist" in done.stderr
+
+
+def test_percentile_below_one_is_taken_for_a_share(model: Path) -> None:
+    budget = ("--latency-share", 0.9, "--percentile", 0.9)
+    done = edgekd("compress", "--quantize-only", model / "net.onnx", "--data", model / "data", *budget, "--target", "null", "--run-dir", model / "p")
+    assert done.exit_code == 3
+    assert "percentiles go from 0 to 100; did you mean 90?" in done.stderr
+
+
+def test_passing_run_says_what_ships(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    words = ("--latency-share", 0.9, "--max-drop", 0.5, "--target", "null", "--accept-simulated", "--run-dir", tmp_path / "run")
+    done = edgekd("compress", "--quantize-only", model / "net.onnx", "--data", model / "data", *words)
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("shipped: ")]
+    manifest = json.loads((tmp_path / "run" / "bundle" / "manifest.json").read_text())
+    latency = next(check["value"] for check in manifest["verdict"]["checks"] if check["name"] == "latency")
+    for part in ("the given ONNX file, int8, ", f"p50 {latency:.4f} ms, simulated (null)", f"{manifest['accuracy']:.4f} (teacher ", manifest["created_at"]):
+        assert part in line, part
+    card = (tmp_path / "run" / "bundle" / "MODEL_CARD.md").read_text()
+    for part in ("| input | `x` | float32 | (1, 1, 8, 8) |", "| file to load | artifact/model.onnx |", "drop at most 0.5", "| threads | 1 |"):
+        assert part in card, part
+    snippet = card.split("```python\n")[1].split("```")[0]
+    ran = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path / "run" / "bundle", capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "(1, 4)\n"
 
 
 def test_convert_to_int8_writes_a_model_and_compares_it(model: Path, tmp_path: Path) -> None:

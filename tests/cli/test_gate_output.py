@@ -92,6 +92,18 @@ def test_markdown_table_rows_have_the_header_s_columns_when_names_hold_pipes() -
     assert "<i>" not in text
 
 
+def test_markdown_names_the_verdict_s_own_reason_where_every_check_passes() -> None:
+    text = markdown(report(Outcome.REFUSE, check("latency", Outcome.PASS), reason="simulated (null); latency: ok", simulated="null"))
+    assert "REFUSE: simulated (null)." in text
+    assert "--accept-simulated" in text
+    assert "does not decide" not in text
+    other = markdown(report(Outcome.REFUSE, reason="other device than the bundle was validated on: cpu is A and was B"))
+    assert "REFUSE: other device than the bundle was validated on: cpu is A and was B." in other
+    assert "--accept-simulated" not in other
+    undecided = markdown(report(Outcome.REFUSE, check("latency", Outcome.REFUSE), reason="latency: near"))
+    assert "REFUSE: the evidence does not decide." in undecided
+
+
 def test_one_line_is_one_line_and_carries_simulation_and_neutral_note() -> None:
     line = one_line(report(Outcome.REFUSE, on_refuse="neutral", reason="first\nsecond", simulated="null"))
     assert "\n" not in line

@@ -223,3 +223,26 @@ def test_example_job_runs_from_a_copy_and_continues_where_it_ended(tmp_path: Pat
     assert again.stdout == done.stdout
     assert "distil: reused" in again.stderr
     assert "distil: started" not in again.stderr
+
+
+def test_a_name_without_its_table_is_answered_with_the_whole_name(job_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"options\.accept_simulated \(did you mean this\?\)"):
+        load_job(job_file, ["accept_simulated=true"])
+    with pytest.raises(ConfigError, match=r"options\.train\.epochs \(did you mean this\?\)"):
+        load_job(job_file, ["epochs=3"])
+
+
+def test_split_that_is_neither_a_folder_nor_a_function_is_named(job_file: Path) -> None:
+    with pytest.raises(ConfigError, match="the folder does not exist") as caught:
+        arguments(load_job(job_file, ["data.train=no-such"]))
+    assert str(job_file.parent.resolve() / "no-such") in str(caught.value)
+
+
+def test_options_for_target_and_simulation_reach_a_job() -> None:
+    from edgekd.cli.run import _job_overrides
+
+    given = _job_overrides(target="profiles/x.toml", allow_extreme=True, accept_simulated=True)
+    job = load_job(EXAMPLE / "job.toml", given)
+    assert (job.spec.options.accept_simulated, job.spec.options.allow_extreme) == (True, True)
+    assert job.target == str(Path("profiles/x.toml").resolve())
+    assert load_job(EXAMPLE / "job.toml", _job_overrides(target="null", allow_extreme=None, accept_simulated=None)).target == "null"

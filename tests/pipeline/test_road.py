@@ -136,3 +136,24 @@ def test_a_plan_has_a_row_for_every_stage_and_does_nothing(space: StudentSpace, 
     assert {row.stage for row in planned.rows if row.launches} == {"baseline", "search", "quantize", "validate"}
     assert all(name in planned.text() for name in STAGE_NAMES)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_plan_calls_finished_only_what_would_be_reused(tmp_path: Path) -> None:
+    kit.run("classification", tmp_path / "run", student=kit.fixed("classification"))
+    same = {row.stage: row for row in kit.plan("classification", tmp_path / "run", student=kit.fixed("classification")).rows}
+    assert [name for name, row in same.items() if row.finished] == ["baseline", "search"]
+    assert [name for name, row in same.items() if row.done_before] == STAGE_NAMES[2:]
+    other = kit.plan("classification", tmp_path / "run", student=kit.fixed("classification"), seed=9)
+    assert not any(row.finished for row in other.rows)
+    assert all(row.done_before for row in other.rows)
+    assert "finished: reused" not in other.text()
+    assert other.text().count("done before, with the same or other settings") == len(STAGE_NAMES)
+    assert other.minutes == pytest.approx(sum(row.minutes for row in other.rows if row.minutes is not None))
+
+
+def test_a_plan_names_trainings_only_where_there_are_some(tmp_path: Path) -> None:
+    text = kit.plan("classification", tmp_path / "run", student=Never(kit.classifier, width=[4, 8, 16])).text()
+    assert "2 trainings of 1 epoch, " in text
+    assert "1 training of 4 epochs per attempt" in text
+    assert "no training" not in text
+    assert "doubled" not in text

@@ -232,7 +232,8 @@ def test_names_from_users_stay_text_and_are_no_mathematics() -> None:
 def test_simulation_is_marked_wherever_latencies_stand() -> None:
     verdict = Verdict(outcome=Outcome.REFUSE, checks=(), reason="simulated", simulated="null")
     text = Reader(render_report(sample(simulated="null", verdict=verdict, measurements=(measurement("student", 0.4, simulated="null"),)))).text
-    assert "REFUSE: the evidence does not decide" in text
+    assert "REFUSE: simulated" in text
+    assert "the evidence does not decide" not in text
     assert "SIMULATED. Every latency in this report comes from a simulation (null" in text
     assert "Latency (simulated)" in text
     assert "What was measured (simulated)" in text
@@ -251,6 +252,27 @@ def test_real_target_is_not_called_simulated_and_an_unproven_one_says_so(full: s
     assert "SIMULATED" not in Reader(full).text
     assert "Never ran on real hardware" not in Reader(full).text
     assert "Never ran on real hardware" in Reader(render_report(sample(proven_on_hardware=False))).text
+
+
+def test_cards_show_what_ships_and_training_notes_stand_under_training() -> None:
+    shipped = (("artifact", "width=32"), ("precision", "int8"), ("size", "92.0 kB"), ("accuracy", "0.9790 (teacher 0.9850)"))
+    text = Reader(render_report(sample(shipped=shipped, notes=("agreement 0.99",), training_notes=("81226 MB are free",)))).text
+    for name, value in shipped:
+        assert f"Ships: {name} {value}" in text
+    assert text.index("agreement 0.99") < text.index("What was measured") < text.index("81226 MB are free") < text.index("By class")
+    assert "Seed 0 Ships" not in text
+    failed = Verdict(outcome=Outcome.FAIL, checks=(), reason="too slow")
+    assert "Judged: precision int8" in Reader(render_report(sample(shipped=shipped, verdict=failed))).text
+
+
+def test_parity_says_what_its_tolerance_is_relative_to() -> None:
+    def tensor(kind: str, tolerance: float) -> TensorParity:
+        return TensorParity(name=kind, max_abs=1e-5, max_rel=2e-5, sqnr_db=40, cosine=1, tolerance=tolerance, passed=True, tolerance_kind=kind)
+
+    hop = HopParity(hop="a -> b", passed=True, samples=3, tensors=(tensor("relative", 5e-5), tensor("sqnr", 21.5)))
+    text = Reader(render_report(sample(parity=(hop,)))).text
+    assert "error at most 5.0e-05 of the largest value" in text
+    assert "signal to error at least 21.5 dB" in text
 
 
 def test_absent_parts_are_explained() -> None:
