@@ -102,13 +102,21 @@ def _targets(folder: Path, iospec: IOSpec, outputs: Mapping[str, Array], count: 
     if len(names) == 1:
         name = names[0]
         target = given if given is not None else outputs[name].argmax(axis=1) if kinds[name] else outputs[name]
-        return target, Classification() if kinds[name] else Regression()
+        return target, _meaning(kinds[name], given is not None)
     if given is not None and not isinstance(given, dict):
         raise DataError(
             "the model has several outputs, but the folder holds one file of targets", found="targets.npy", allowed=[f"targets.{name}.npy" for name in names]
         )
     made = {name: (outputs[name].argmax(axis=1) if kinds[name] else outputs[name]) for name in names}
-    return given or made, MultiTask({name: Classification() if kinds[name] else Regression() for name in names})
+    parts = {name: Classification() if kinds[name] else Regression() for name in names}
+    return given or made, MultiTask(parts) if given is not None else MultiTask(parts, metric="mean score against the file's own answers")
+
+
+def _meaning(classes: bool, labelled: bool) -> Task:
+    """The task; without labels its metric says what it is: a comparison with the file itself."""
+    if labelled:
+        return Classification() if classes else Regression()
+    return Classification(metric="agreement with the file") if classes else Regression(metric="r2 against the file")
 
 
 def _given(folder: Path, inputs: list[str], outputs: list[str], count: int) -> Any:

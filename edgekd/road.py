@@ -276,12 +276,15 @@ class Road:
 
 
 def _another_may_do_better(verdict: Verdict) -> bool:
-    """After a fail, yes; after a refuse only where a valid latency lies too near the limit, which a faster student settles."""
-    if verdict.outcome is Outcome.FAIL:
+    """Whether the next candidate is tried: where the latency, the size or the memory is missed, or a valid latency lies too near its limit.
+
+    Not where the accuracy alone is missed: trying students until one passes on the test split would be choosing on it.
+    """
+    cost = [check for check in verdict.checks if not check.name.startswith("accuracy")]
+    if any(check.outcome is Outcome.FAIL for check in cost):
         return True
-    return any(
-        check.name == "latency" and check.outcome is Outcome.REFUSE and check.lower is not None and check.lower <= check.limit for check in verdict.checks
-    )
+    near = any(check.name == "latency" and check.outcome is Outcome.REFUSE and check.lower is not None and check.lower <= check.limit for check in cost)
+    return near and verdict.outcome is Outcome.REFUSE
 
 
 def _present(baseline: BaselineOut) -> Any:

@@ -73,12 +73,12 @@ class Classification:
     largest logit is the target. Extra axes (segmentation) are averaged, and then scores are shares, not 0 or 1."""
 
     name = "classification"
-    metric = "accuracy"
 
-    def __init__(self, *, output: str | None = None, target: str | None = None, labels: Sequence[str] = ()) -> None:
+    def __init__(self, *, output: str | None = None, target: str | None = None, labels: Sequence[str] = (), metric: str = "accuracy") -> None:
         self.output = output
         self.target = target
         self.labels = tuple(labels)
+        self.metric = metric
         self.binary = True
 
     def unpack(self, batch: Any, input_names: Sequence[str]) -> tuple[dict[str, Any], Any]:
@@ -135,7 +135,7 @@ class Classification:
         return soft_target_loss(loss, pick_output(outputs, self.output, "Classification"), pick_output(teacher, self.output, "Classification"), temperature)
 
     def describe(self) -> dict[str, str]:
-        return {"task": self.name, "output": self.output or "", "target": self.target or "", "labels": "\n".join(self.labels)}
+        return {"task": self.name, "output": self.output or "", "target": self.target or "", "labels": "\n".join(self.labels), "metric": self.metric}
 
 
 class Regression:
@@ -143,12 +143,12 @@ class Regression:
     and `var` its mean over the split around the split's mean target, so that the mean score is R²; at most 1, without lower bound."""
 
     name = "regression"
-    metric = "r2"
     binary = False
 
-    def __init__(self, *, output: str | None = None, target: str | None = None) -> None:
+    def __init__(self, *, output: str | None = None, target: str | None = None, metric: str = "r2") -> None:
         self.output = output
         self.target = target
+        self.metric = metric
 
     def unpack(self, batch: Any, input_names: Sequence[str]) -> tuple[dict[str, Any], Any]:
         return unpack_batch(batch, input_names, self.target)
@@ -199,7 +199,7 @@ class Regression:
         return soft_target_loss("mse", pick_output(outputs, self.output, "Regression"), pick_output(teacher, self.output, "Regression"), temperature)
 
     def describe(self) -> dict[str, str]:
-        return {"task": self.name, "output": self.output or "", "target": self.target or ""}
+        return {"task": self.name, "output": self.output or "", "target": self.target or "", "metric": self.metric}
 
 
 class MultiTask:
@@ -207,10 +207,10 @@ class MultiTask:
     (default 1 each); scores and agreement are the mean over the tasks, so that every task counts alike."""
 
     name = "multi"
-    metric = "mean score"
     binary = False
 
-    def __init__(self, tasks: Mapping[str, Classification | Regression], *, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, tasks: Mapping[str, Classification | Regression], *, weights: Mapping[str, float] | None = None, metric: str = "mean score") -> None:
+        self.metric = metric
         if not tasks:
             raise ConfigError("a MultiTask needs at least one task", hint='MultiTask({"kind": Classification(), "size": Regression()})')
         self.tasks = dict(tasks)
@@ -281,7 +281,7 @@ class MultiTask:
         return torch.stack(losses).sum()
 
     def describe(self) -> dict[str, str]:
-        text = {"task": self.name}
+        text = {"task": self.name, "metric": self.metric}
         for name, task in self.tasks.items():
             text |= {f"{name}.{key}": value for key, value in task.describe().items()}
             text[f"{name}.weight"] = repr(self.weights[name])
@@ -297,14 +297,19 @@ def task_from(described: Mapping[str, str]) -> Task:
     kind = described.get("task", "")
     if kind == "classification":
         labels = described.get("labels", "")
-        return Classification(output=described.get("output") or None, target=described.get("target") or None, labels=labels.split("\n") if labels else ())
+        return Classification(
+            output=described.get("output") or None,
+            target=described.get("target") or None,
+            labels=labels.split("\n") if labels else (),
+            metric=described.get("metric", "accuracy"),
+        )
     if kind == "regression":
-        return Regression(output=described.get("output") or None, target=described.get("target") or None)
+        return Regression(output=described.get("output") or None, target=described.get("target") or None, metric=described.get("metric", "r2"))
     if kind == "multi":
         names = [key.removesuffix(".task") for key in described if key.endswith(".task")]
         parts = {name: task_from({key.removeprefix(f"{name}."): value for key, value in described.items() if key.startswith(f"{name}.")}) for name in names}
         own = {name: part for name, part in parts.items() if isinstance(part, (Classification, Regression))}
-        return MultiTask(own, weights={name: float(described[f"{name}.weight"]) for name in names})
+        return MultiTask(own, weights={name: float(described[f"{name}.weight"]) for name in names}, metric=described.get("metric", "mean score"))
     raise ConfigError("unknown task", found=kind, allowed=near_names(kind, ("classification", "regression", "multi")))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -175,6 +176,8 @@ def combine(checks: Sequence[Check], simulated: str = "", accept_simulated: bool
     reason = "; ".join(f"{check.name}: {check.reason}" for check in deciding or checks)
     if simulated and not accept_simulated and outcome is not Outcome.FAIL:
         outcome, reason = Outcome.REFUSE, f"simulated ({simulated}); {reason}"
+    elif simulated:
+        reason = f"simulated ({simulated}), accepted; {reason}" if accept_simulated else f"simulated ({simulated}); {reason}"
     return Verdict(outcome=outcome, checks=tuple(checks), reason=reason, simulated=simulated, accepted_simulated=bool(simulated) and accept_simulated)
 
 
@@ -229,7 +232,10 @@ def judge(
         if student_scores is None:
             raise InputError("the budget has an accuracy floor, but the student's scores are missing")
         checks.append(check_floor(student_scores, budget.accuracy_floor, binary))
-    return combine(checks, measurement.simulated, accept_simulated)
+    verdict = combine(checks, measurement.simulated, accept_simulated)
+    if budget.max_drop is None and budget.accuracy_floor is None:
+        verdict = msgspec.structs.replace(verdict, reason=f"{verdict.reason}; accuracy: not judged, the budget has no max_drop")
+    return verdict
 
 
 def resolve_limit_ms(budget: Budget, teacher_measurement: Measurement | None = None, *, allow_extreme: bool = False) -> float:

@@ -58,6 +58,16 @@ class Budget(Record, tag="edgekd.budget/1", frozen=True, kw_only=True):
             )
         if self.latency_share is not None and self.latency_share > 1.0:
             raise BudgetError("latency_share is a share of the teacher's latency", found=self.latency_share, allowed="(0, 1]")
+        for name in ("max_drop", "accuracy_floor"):
+            value = getattr(self, name)
+            if value is not None and value >= 1.0:
+                raise BudgetError(
+                    f"{name} is a fraction of the metric, not a percentage",
+                    found=value,
+                    allowed="below 1",
+                    hint=f"did you mean {name}={value / 100:g}?",
+                    subject=name,
+                )
         if not 0.0 < self.percentile < 100.0:
             raise BudgetError(
                 "the budget's percentile is out of range", found=self.percentile, allowed="above 0 and below 100", hint="use 50 for the median, 90 for p90"

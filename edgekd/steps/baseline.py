@@ -13,6 +13,7 @@ from edgekd.errors import BudgetError, MeasurementInvalid, Rejected
 from edgekd.measure import Screened, Subject, calibrate_limits
 from edgekd.onnx_io import import_onnx
 from edgekd.records import Artifact, HopParity, LedgerRow, Limits, Point, Precision, Record
+from edgekd.steps.checks import check_splits, check_teacher
 from edgekd.steps.context import Context, checked_outputs, point, row, score
 from edgekd.steps.quantizing import to_int8
 from edgekd.steps.standing import standing
@@ -42,9 +43,10 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
 
     Raises:
         BudgetError: the limit is not plausible, or relative to a teacher that cannot be measured.
-        DataError, ModelError: data, labels and teacher do not fit.
+        DataError, ModelError: data, labels and teacher do not fit, splits overlap, or the teacher knows nothing.
         MeasurementInvalid: the device is too disturbed to measure the teacher.
     """
+    rows = check_splits(context)
     validation = context.validation.all()
     outputs = checked_outputs(context, context.validation, what="validation")
     _save(folder / "teacher_validation", outputs)
@@ -52,7 +54,7 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
     sample = context.train.all(256)
     context.task.check(context.teacher.outputs(sample.inputs), sample.targets)
     teacher_scores = context.task.scores(outputs, validation.targets)
-    rows: list[LedgerRow] = []
+    check_teacher(context, teacher_scores, validation.targets)
     points: list[Point] = []
     parity: list[HopParity] = []
     limits = context.target.profile.measure.limits

@@ -9,18 +9,19 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import CalibrationSet, Tensors
 from edgekd.data import Batch
+from edgekd.errors import DataError
 from edgekd.options import QuantizeOptions
-from edgekd.quantize.calibrate import refuse_overlap
+from edgekd.quantize.calibrate import sample_hashes
 from edgekd.quantize.run import QuantizeResult, quantize
 from edgekd.registry import load
 from edgekd.steps.context import Context, inputs_hash
 
 
 def calibration_set(context: Context, size: int) -> CalibrationSet:
-    """A seeded sample of plain training items, none of which is in the test split.
+    """A seeded sample of plain training items; the few that are in the test split as well are left out.
 
     Raises:
-        DataError: training and test data overlap.
+        DataError: all of them are.
     """
     if context.train.indexed:
         generator = np.random.default_rng([context.seed, 0xCA])
@@ -28,11 +29,12 @@ def calibration_set(context: Context, size: int) -> CalibrationSet:
         batch = context.train.batch(picks)
     else:
         batch = context.train.all(size)
-    if context.test is not context.train:
-        refuse_overlap(batch.inputs, context.test.all().inputs)
-    return CalibrationSet(
-        inputs=batch.inputs, split=context.train.name, data_hash=inputs_hash(batch.inputs), indices=tuple(int(index) for index in batch.indices)
-    )
+    tested = set(sample_hashes(context.test.all().inputs))
+    keep = np.array([digest not in tested for digest in sample_hashes(batch.inputs)])
+    if not keep.any():
+        raise DataError("every calibration input is also in the test split", found=f"{len(keep)} items", hint="split the data anew", subject=context.train.name)
+    inputs = {name: value[keep] for name, value in batch.inputs.items()}
+    return CalibrationSet(inputs=inputs, split=context.train.name, data_hash=inputs_hash(inputs), indices=tuple(int(index) for index in batch.indices[keep]))
 
 
 def to_int8(

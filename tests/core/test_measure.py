@@ -416,7 +416,7 @@ def test_aa_run_interleaves_two_labels_and_narrows_the_limits(subjects: Callable
     assert [sorted(job) for job in target.device.jobs] == [["A", "A", "B", "B"]] * 2
     assert all(job[0] == job[3] for job in target.device.jobs)
     assert limits.sentinel_ns == SENTINEL
-    assert limits.spread_max == pytest.approx(1.3)
+    assert limits.spread_max == ceiling.spread_max  # depends on the artifact: never narrowed
     assert limits.steal_max == 0.01
     assert limits.sentinel_drift_max == 0.05
     assert limits.temperature_rise_max_c == ceiling.temperature_rise_max_c  # not reported: the profile's limit stays

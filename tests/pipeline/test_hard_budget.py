@@ -150,7 +150,7 @@ def test_a_quantized_teacher_that_misses_its_verdict_gives_way_to_the_student(tm
     assert kit.rows_of(result, "validate", "teacher int8 against student")[0].decision == "kept"
     first, second = kit.rows_of(result, "validate", "verdict on the")
     assert (first.step, first.decision) == ("verdict on the teacher int8", "noted")
-    assert "fail: latency" in first.reason
+    assert "fail: simulated (null), accepted; latency" in first.reason
     assert (second.step, second.decision) == ("verdict on the student", "kept")
     assert result.verdict.outcome is Outcome.PASS
     assert result.student is not None

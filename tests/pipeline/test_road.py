@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -55,10 +56,14 @@ def check_run(result: Result, kind: str) -> None:
     assert (summary.verdict, summary.bundle) == (result.verdict, "bundle")
 
 
+LONGER = kit.options(train=msgspec.structs.replace(kit.OPTIONS.train, epochs=16), search=msgspec.structs.replace(kit.OPTIONS.search, rung_epochs=4))
+"""Enough training for a student that is chosen on validation to pass on the test split."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", kit.KINDS)
 def test_every_kind_of_network_reaches_a_bundle_with_a_pass_from_a_family(kind: str, tmp_path: Path) -> None:
-    result = kit.run(kind, tmp_path / "run", student=kit.family(kind, width=[8, 16]))
+    result = kit.run(kind, tmp_path / "run", student=kit.family(kind, width=[8, 16]), options=LONGER)
     check_run(result, kind)
     assert result.student is not None
     assert result.student.factory == f"tests.pipeline.pipeline_kit:{kit.FACTORIES[kind].__name__}"
