@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from edgekd import __version__
-from edgekd.errors import EXIT_ERROR, EXIT_INTERRUPTED, EdgekdError
+from edgekd.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_REFUSE, EdgekdError
 
 _COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("edgekd.cli.device:bench", "Measure the latency of a model on a target."),
@@ -98,8 +98,11 @@ def run(group: click.Group, args: Sequence[str] | None, prog_name: str | None, c
 
 
 def show_error(error: EdgekdError) -> None:
-    """Print an error on standard error: what is wrong, what was found, what is allowed, the next step, one line each."""
-    click.echo(f"error: {error.what}", err=True)
+    """Print an error on standard error: what is wrong, what was found, what is allowed, the next step, one line each.
+
+    A device too disturbed to be measured is no error but a refuse, and is called so.
+    """
+    click.echo(f"{'REFUSE' if error.exit_code == EXIT_REFUSE else 'error'}: {error.what}", err=True)
     for name, value in (("found", error.found), ("allowed", error.allowed), ("next step", error.hint)):
         if value is not None:
             click.echo(f"  {name}: {value}", err=True)

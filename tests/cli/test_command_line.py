@@ -355,3 +355,14 @@ def test_cache_is_listed_and_removed_while_runs_stay(run_dir: Path, tmp_path: Pa
     assert f"removed {len(entries)} entries" in edgekd("cache", "rm", tmp_path, "--yes").stdout
     assert json.loads(edgekd("cache", "ls", tmp_path, "--json").stdout) == []
     assert (tmp_path / "runs" / "net" / "bundle" / "manifest.json").is_file()
+
+
+def test_disturbed_device_is_called_a_refuse_and_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    from edgekd.cli.main import show_error
+    from edgekd.errors import MeasurementInvalid, ModelError
+
+    show_error(MeasurementInvalid("the teacher could not be measured", found="6 contended"))
+    show_error(ModelError("the file is no model"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "REFUSE: the teacher could not be measured"
+    assert lines[-1] == "error: the file is no model"
