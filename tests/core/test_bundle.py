@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from pipeline.bundle_kit import bundle_copy, edit, resealed
@@ -189,3 +191,18 @@ def test_missing_evaluation_file_is_a_bundle_error(tmp_path: Path, name: str) ->
     (tmp_path / name).unlink()
     with pytest.raises(BundleError, match=name):
         load_evaluation(tmp_path)
+
+
+def test_bundle_from_before_a_field_came_still_opens(bundle: Path) -> None:
+    path = bundle / MANIFEST
+    fields = json.loads(path.read_bytes())
+    for later in ("accuracy", "metric"):
+        del fields[later]
+    fields["seal"] = ""
+    fields["seal"] = hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
+    path.write_bytes(json.dumps(fields).encode())
+    assert open_bundle(bundle).manifest.accuracy is None
+    fields["seed"] += 1
+    path.write_bytes(json.dumps(fields).encode())
+    with pytest.raises(BundleError, match="was changed"):
+        open_bundle(bundle)
