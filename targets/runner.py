@@ -145,8 +145,8 @@ def os_name(text: str) -> str:
     return match.group(1) if match else platform.system()
 
 
-def sentinel_ns(runs: int = 5) -> int:
-    """The shortest of several runs of a fixed integer kernel (some milliseconds), in nanoseconds: a slower one means a slower machine."""
+def sentinel_ns(runs: int = 20) -> int:
+    """The shortest of several runs of a fixed integer kernel, in nanoseconds, over some 70 ms: longer than a burst, so slower means a slower machine."""
     times = []
     for _ in range(runs):
         start = time.perf_counter_ns()
