@@ -10,6 +10,7 @@ import msgspec
 
 from edgekd.bundle import Bundle, open_bundle
 from edgekd.contracts import Target
+from edgekd.errors import BundleError
 from edgekd.measure import Subject, calibrate_limits, measure_verdict
 from edgekd.records import Manifest, Measurement, Outcome, Verdict
 from edgekd.target import connect
@@ -63,6 +64,10 @@ def gate(
         DeviceError: the device failed.
     """
     opened = open_bundle(Path(bundle))
+    if target is None and (Path(opened.manifest.profile).name != opened.manifest.profile or opened.manifest.profile.endswith(".toml")):
+        raise BundleError(
+            "a bundle may name a profile, not bring one", found=opened.manifest.profile, hint="give the target yourself: --target NAME", subject=opened.folder
+        )
     if target is None or isinstance(target, str):
         with connect(target or opened.manifest.profile, overrides=overrides) as live:
             return _gate(opened, live, None if data is None else Path(data), accept_simulated, progress)

@@ -16,7 +16,7 @@ from typing import Any
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.errors import MissingDependency, ModelError, near_names
 from edgekd.records import Format, IOSpec, Precision, TensorSpec
-from edgekd.storage import write_atomic
+from edgekd.storage import sha256_bytes, sha256_file, write_atomic
 
 BATCH = "batch"
 """The name given to a dynamic first axis that the file leaves without one."""
@@ -302,3 +302,25 @@ def count_ops(model: Any, names: Iterable[str]) -> int:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def file_hash(path: Path) -> str:
+    """What identifies an ONNX file: a SHA-256 over its bytes and over the files that hold its weights, if they lie outside.
+
+    Raises:
+        ModelError: the file is not ONNX, or a file with weights is missing.
+    """
+    onnx = require_onnx("identifying an ONNX model")
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model(str(path), load_external_data=False)
+    except (DecodeError, ValueError, OSError) as error:
+        raise ModelError(f"{path} is not a valid ONNX model", found=_first_line(error), hint="export it again", subject=path) from error
+    outside = sorted({entry.value for weight in model.graph.initializer for entry in weight.external_data if entry.key == "location"})
+    digests = [sha256_file(path)]
+    for name in outside:
+        if not (path.parent / name).is_file():
+            raise ModelError("a file with the model's weights is missing", found=name, hint=f"put it beside {path.name}", subject=path)
+        digests.append(f"{name}:{sha256_file(path.parent / name)}")
+    return digests[0] if len(digests) == 1 else sha256_bytes("\n".join(digests).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     pass
 
 
+_WORTH = {Outcome.PASS: 2, Outcome.REFUSE: 1, Outcome.FAIL: 0}
 _ATTEMPT_STAGES = ("distil", "convert", "quantize", "validate")
 
 
@@ -70,6 +72,7 @@ class Road:
             "baseline", baseline_inputs(context, facts), BaselineOut, lambda folder, scratch: run_baseline(context, folder, scratch)
         )
         context.limits = baseline.limits
+        context.task.check(load_outputs(baseline_dir / "teacher_validation"), context.validation.all().targets)  # a task may learn its form from its outputs
         self._add(baseline.rows, baseline.points, baseline.parity)
         found, _ = context.store.run("search", search_inputs(context, facts, baseline), SearchOut, lambda _, scratch: run_search(context, scratch, baseline))
         self._add(found.rows, found.points)
@@ -112,7 +115,7 @@ class Road:
         if not ended:
             rejected = "; ".join(tried.rejected for tried in selection.attempts)
             return self._teacher_alone(baseline, baseline_dir, teacher_int8, found) or self._no_student(baseline, found, rejected)
-        judged = attempts[ended[-1]]
+        judged = sorted((attempts[label] for label in ended), key=lambda one: _WORTH[one.validated.verdict.outcome])[-1]  # the latest among equals
         return self._finish(judged.validated, judged.folders["validate"], judged, baseline, baseline_dir, found)
 
     def _add(self, rows: Sequence[LedgerRow], points: Sequence[Point] = (), parity: Sequence[HopParity] = ()) -> None:
@@ -230,6 +233,10 @@ class Road:
         context = self.context
         run_dir = context.store.run_dir
         ledger = Ledger(rows=tuple(self.rows))
+        if bundle is None:  # what an earlier run with another budget left must not be taken for this one's
+            for name in ("bundle", "evaluation"):
+                if (run_dir / name).is_dir():
+                    shutil.rmtree(run_dir / name)
         ledger.save(run_dir / "ledger.json")
         report.save(run_dir / "report.json")
         write_report(report, run_dir / "report.html")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekd.errors import ConfigError, ModelError, Rejected, near_names
+from edgekd.onnx_io import file_hash
 from edgekd.provenance import architecture_hash, code_hash, describe_factory
 from edgekd.records import StudentSpec
-from edgekd.storage import sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ class Fixed:
     def candidates(self, seed: int) -> tuple[StudentSpec, ...]:
         """The one member."""
         if self.onnx is not None:
-            return (StudentSpec(kind=self.kind, factory_hash=sha256_file(self.onnx), rebuildable="an ONNX file was given: there is nothing to rebuild"),)
+            return (StudentSpec(kind=self.kind, factory_hash=file_hash(self.onnx), rebuildable="an ONNX file was given: there is nothing to rebuild"),)
         if self._factory is None:
             return (StudentSpec(kind=self.kind, rebuildable="a module was given, not a factory that can be imported by name"),)
         origin = describe_factory(self._factory)
@@ -130,7 +130,7 @@ class Fixed:
     def source_hash(self) -> str:
         """A hash of the file's bytes, of the factory's source, or of the module's structure and weights."""
         if self.onnx is not None:
-            return hashlib.sha256(f"fixed-onnx {sha256_file(self.onnx)}".encode()).hexdigest()
+            return hashlib.sha256(f"fixed-onnx {file_hash(self.onnx)}".encode()).hexdigest()
         if self._factory is not None:
             own = code_hash(self._factory)
         else:

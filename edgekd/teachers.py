@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.contracts import Array, Teacher, Tensors
 from edgekd.errors import MissingDependency, ModelError
+from edgekd.onnx_io import file_hash
 from edgekd.provenance import architecture_hash, code_hash
-from edgekd.storage import sha256_bytes, sha256_file
+from edgekd.storage import sha256_bytes
 from edgekd.tree import first_line, flatten_outputs, to_numpy
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class OnnxTeacher:
         return found
 
     def weights_hash(self) -> str:
-        return sha256_file(self.path)
+        return file_hash(self.path)
 
 
 def _ort_errors() -> tuple[type[Exception], ...]:

@@ -7,15 +7,20 @@ from typing import Any
 import msgspec
 
 from edgekd.contracts import Task
+from edgekd.keys import array_hash
 from edgekd.provenance import code_hash
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context
+from edgekd.teachers import CallableTeacher
+
+_ANSWERED = 8
 
 
 def run_facts(context: Context) -> dict[str, Any]:
     """What every stage depends on: teacher, data, task, budget, target and seed; no options."""
     return {
         "teacher": context.teacher.weights_hash(),
+        "teacher answers": _answers(context),
         "train": context.train.fingerprint(),
         "validation": context.validation.fingerprint(),
         "test": context.test.fingerprint(),
@@ -27,6 +32,13 @@ def run_facts(context: Context) -> dict[str, Any]:
         "device": context.target.fingerprint,
         "seed": context.seed,
     }
+
+
+def _answers(context: Context) -> str:
+    """The hash of the teacher's outputs on a few items, where its weights cannot be hashed: a callable may hide them anywhere."""
+    if not isinstance(context.teacher, CallableTeacher):
+        return ""
+    return array_hash(context.teacher.outputs(context.validation.all(_ANSWERED).inputs))
 
 
 def baseline_inputs(context: Context, facts: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,8 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
             allowed_drop=context.budget.max_drop if context.budget.max_drop is not None else 0.01,
         )
     except Rejected as error:
+        if not context.wants(Precision.FP32):
+            raise
         return stay("rolled back", str(error))
     tried = tuple(_tried_rows(context, result))
     seen = context.screen({"student int8": result.artifact})["student int8"]
