@@ -204,9 +204,23 @@ def test_fixed_factory_is_built_from_the_seed() -> None:
     assert torch.equal(next(space.build(spec, 3).parameters()), next(space.build(spec, 3).parameters()))
 
 
-def test_fixed_onnx_file_has_a_path_and_cannot_be_built(tmp_path: Path) -> None:
+def _save_onnx(path: Path, *, bias: float, outside: bool) -> None:
+    """One addition of a constant vector, its values inside the file or in `net.data` beside it."""
+    import onnx
+
+    weight = onnx.helper.make_tensor("b", onnx.TensorProto.FLOAT, [512], [bias] * 512)
+    node = onnx.helper.make_node("Add", ["x", "b"], ["y"])
+    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 512]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([node], "net", ports[:1], ports[1:], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    (path.parent / "net.data").unlink(missing_ok=True)
+    onnx.save_model(model, str(path), save_as_external_data=outside, location="net.data", size_threshold=0)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_fixed_onnx_file_has_a_path_and_cannot_be_built(outside: bool, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
-    path.write_bytes(b"graph")
+    _save_onnx(path, bias=1.0, outside=outside)
     space = Fixed(path)
     (spec,) = space.candidates(0)
     assert spec.kind == space.kind == "fixed-onnx"
@@ -214,7 +228,7 @@ def test_fixed_onnx_file_has_a_path_and_cannot_be_built(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="ONNX"):
         space.build(spec, 0)
     first = space.source_hash()
-    path.write_bytes(b"another graph")
+    _save_onnx(path, bias=2.0, outside=outside)  # with weights outside the graph's own bytes stay as they were
     assert space.source_hash() != first
 
 
