@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from edgekd.artifact import StoredArtifact
-from edgekd.bundle import utc_now
 from edgekd.caches import trim_cache
 from edgekd.errors import Rejected
+from edgekd.launching import utc_now
 from edgekd.records import Check, HopParity, Ledger, LedgerRow, Outcome, Point, StudentSpec, Verdict
 from edgekd.report.data import ReportData
 from edgekd.report.render import write_report
@@ -30,10 +30,6 @@ from edgekd.steps.reporting import mark_chosen, report_data
 from edgekd.steps.search import SearchOut, run_search
 from edgekd.steps.validate import ValidateOut, run_validate
 from edgekd.storage import copy_folder
-
-if TYPE_CHECKING:
-    pass
-
 
 _WORTH = {Outcome.PASS: 2, Outcome.REFUSE: 1, Outcome.FAIL: 0}
 _ATTEMPT_STAGES = ("distil", "convert", "quantize", "validate")

@@ -45,12 +45,3 @@ def make_recipe(scheme: str, method: str, calibration: CalibrationSet, float_ops
     size = len(next(iter(calibration.inputs.values())))
     spec = CalibrationSpec(method=method, size=size, split=calibration.split, data_hash=calibration.data_hash)
     return QuantRecipe(scheme=scheme, calibration=spec, float_ops=tuple(sorted(float_ops)))
-
-
-def plain_recipe(capabilities: Capabilities, calibration: CalibrationSet) -> QuantRecipe:
-    """The target's preferred scheme with min-max ranges and nothing in float: enough to time a model.
-
-    Raises:
-        UnsupportedModel: the target has no int8 scheme.
-    """
-    return make_recipe(candidate_schemes(capabilities)[0], "minmax", calibration)

@@ -18,7 +18,7 @@ from edgekd.keys import array_hash
 from edgekd.measure import Screened, Subject, screen
 from edgekd.options import Options
 from edgekd.parity import compare_hop
-from edgekd.records import Artifact, Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
+from edgekd.records import Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
 from edgekd.registry import load
 from edgekd.stages import StageStore
 
@@ -88,11 +88,6 @@ class Context:
     def simulated(self) -> str:
         """Empty on a real device."""
         return self.target.simulated
-
-
-def restored(folder: Path, record: Artifact) -> StoredArtifact:
-    """An artifact that a stage stored in `folder`."""
-    return StoredArtifact(record, folder)
 
 
 def point(screened: Screened, *, precision: Precision, role: str, accuracy: float | None = None, capacity: float | None = None) -> Point:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from edgekd.bundle import utc_now, versions
+from edgekd.bundle import versions
+from edgekd.launching import utc_now
 from edgekd.records import HopParity, Ledger, LedgerRow, Measurement, Point, Verdict
 from edgekd.report.data import ClassRow, Curve, ReportData
 from edgekd.report.words import artifact_name, size_text
