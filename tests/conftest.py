@@ -1,5 +1,5 @@
-"""Lets tests import the abstract suites of `tests/contracts` as `contracts.…`, with pytest's readable assertions."""
+"""Gives the helpers that several test files share pytest's readable assertions."""
 
 import pytest
 
-pytest.register_assert_rewrite("contracts.transport_contract", "contracts.runtime_contract")
+pytest.register_assert_rewrite("tests.contracts.tiny_models", "tests.pipeline.bundle_kit", "tests.pipeline.pipeline_kit")

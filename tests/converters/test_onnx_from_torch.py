@@ -14,7 +14,7 @@ from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError
 from edgekd.onnx_io import write_model
 from edgekd.registry import load
-from tests.contracts.converter_contract import ConverterContract
+from edgekd.testing import ConverterContract
 from tests.contracts.tiny_models import ConvNet, TwoInputs, UNet, export, noise, ort_infer, spec_of, torch_outputs
 
 pytestmark = pytest.mark.torch

@@ -26,7 +26,7 @@ from edgekd.quantize.calibrate import calibration_set, observe
 from edgekd.records import Precision
 from edgekd.registry import load
 from edgekd.storage import sha256_file
-from tests.contracts.converter_contract import ConverterContract
+from edgekd.testing import ConverterContract
 from tests.contracts.tiny_models import TwoInputs, UNet, export, exported_convnet, noise, ort_infer, prepare
 
 pytestmark = pytest.mark.torch

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from pipeline.bundle_kit import bundle_copy, edit, resealed
 
 from edgekd.bundle import MANIFEST, file_hashes, load_evaluation, open_bundle, save_evaluation
 from edgekd.errors import BundleError
 from edgekd.records import Budget, Ledger, Manifest
+from tests.pipeline.bundle_kit import bundle_copy, edit, resealed
 
 
 def flip(content: bytearray) -> None:

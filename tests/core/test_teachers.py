@@ -10,12 +10,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from contracts.tiny_models import ConvNet, TwoInputs, torch_outputs
 from onnx import helper, numpy_helper
 from torch import nn
 
 from edgekd.errors import ModelError
 from edgekd.teachers import OnnxTeacher, as_teacher, forward_names
+from tests.contracts.tiny_models import ConvNet, TwoInputs, torch_outputs
 
 RANDOM = np.random.default_rng(0)
 IMAGES = {"image": RANDOM.standard_normal((11, 3, 8, 8)).astype(np.float32)}

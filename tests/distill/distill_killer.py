@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import lightning_fabric  # noqa: F401  (the children should not spend their short lives on importing)
-from distill_cases import resumable
 
 import edgekd.distill.setup  # noqa: F401
+from tests.distill.distill_cases import resumable
 
 
 def killed(folder: Path, marker: Path, steps: int, delay_s: float) -> bool:

@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from distill_cases import QUICK, Mlp, quick, seeded
 from rich.console import Console
 
 from edgekd.contracts import Callback
@@ -17,6 +16,7 @@ from edgekd.distill.run import Talks
 from edgekd.distill.wandb import WandB
 from edgekd.errors import MissingDependency
 from edgekd.teachers import as_teacher
+from tests.distill.distill_cases import QUICK, Mlp, quick, seeded
 
 pytestmark = pytest.mark.torch
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from distill_cases import QUICK, Cnn, blobs, quick, seeded, split
 from torch import nn
 
 from edgekd.data import Arrays
@@ -16,6 +15,7 @@ from edgekd.distill.features import FeatureLoss, FeatureTaps, Projector
 from edgekd.errors import ConfigError, ModelError
 from edgekd.options import FeaturePair
 from edgekd.teachers import as_teacher
+from tests.distill.distill_cases import QUICK, Cnn, blobs, quick, seeded, split
 
 pytestmark = pytest.mark.torch
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from distill_cases import Mlp, seeded
 from torch import nn
 
 from edgekd.distill.initialise import evenly_spaced_blocks, initialise_from_teacher, initialise_student, spaced_indices
 from edgekd.errors import ModelError
+from tests.distill.distill_cases import Mlp, seeded
 
 pytestmark = pytest.mark.torch
 

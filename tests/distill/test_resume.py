@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from distill_cases import QUICK, Cnn, Marker, Mlp, blob_splits, blobs, quick, resumable, seeded, split
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,6 +21,7 @@ from edgekd.distill.record import TrainRecord, TrainState
 from edgekd.errors import ConfigError, InputError
 from edgekd.options import FeaturePair, TrainOptions
 from edgekd.teachers import as_teacher
+from tests.distill.distill_cases import QUICK, Cnn, Marker, Mlp, blob_splits, blobs, quick, resumable, seeded, split
 
 pytestmark = pytest.mark.torch
 

@@ -10,13 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from distill_cases import QUICK, Mlp, blob_splits, blobs, quick, seeded, shift, split
 
 from edgekd.data import Arrays
 from edgekd.distill.cache import FOLDER, CacheEntry, OutputCache, cache_key
 from edgekd.distill.sources import TeacherRunner, open_source
 from edgekd.errors import DataError, StorageError
 from edgekd.teachers import as_teacher
+from tests.distill.distill_cases import QUICK, Mlp, blob_splits, blobs, quick, seeded, shift, split
 
 pytestmark = pytest.mark.torch
 

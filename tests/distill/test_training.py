@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from distill_cases import QUICK, Cnn, Mlp, blob_splits, blobs, quick, seeded, shift, split, trained_teacher
 from torch import nn
 
 from edgekd.data import Arrays
@@ -24,6 +23,7 @@ from edgekd.options import TrainOptions
 from edgekd.tasks import Classification, MultiTask, Regression
 from edgekd.teachers import as_teacher
 from edgekd.tree import to_numpy
+from tests.distill.distill_cases import QUICK, Cnn, Mlp, blob_splits, blobs, quick, seeded, shift, split, trained_teacher
 
 pytestmark = pytest.mark.torch
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline.bundle_kit import bundle_copy, home, interpreter, save_inputs, shell
 
 from edgekd.bundle import open_bundle
+from tests.pipeline.bundle_kit import bundle_copy, home, interpreter, save_inputs, shell
 
 QUICK = (
     "measure.verdict.launch.warmup_min_s=0.05",

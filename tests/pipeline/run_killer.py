@@ -27,7 +27,6 @@ import onnxscript  # noqa: F401
 import torch._dynamo
 import torch.export
 import torch.onnx._internal.exporter._compat
-from pipeline_kit import OPTIONS, arguments, family, make_teacher
 
 import edgekd.distill.setup
 import edgekd.report.plots  # noqa: F401
@@ -36,6 +35,7 @@ from edgekd.pipeline import compress
 from edgekd.records import Budget
 from edgekd.stages import Event
 from edgekd.target import connect
+from tests.pipeline.pipeline_kit import OPTIONS, arguments, family, make_teacher
 
 RECORDED = ("run/stages/*/output.json", "run/work/*/answers/*.json", "run/work/*/candidates/*/made.json", "run/work/*/rungs/*/record.json", "cache/*/*.json")
 """Files that say that something is finished: none of them may ever be written a second time."""

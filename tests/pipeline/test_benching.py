@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipeline.bundle_kit import home, save_net
 
 from edgekd.benching import bench, load_inputs, random_inputs, summarize
 from edgekd.errors import DataError, InputError, ModelError
 from edgekd.records import Grade, IOSpec, TensorSpec
 from edgekd.target import connect
+from tests.pipeline.bundle_kit import home, save_net
 
 
 def spec(*inputs: TensorSpec) -> IOSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ import pytest
 
 import edgekd
 from edgekd import Arrays, Budget
+from edgekd.contracts import Target
 from edgekd.errors import BudgetError, DataError, ModelError
+from edgekd.pipeline import make_context
+from edgekd.stages import StageStore
+from edgekd.steps.checks import check_splits
+from edgekd.steps.context import Context
 from tests.pipeline import pipeline_kit as kit
 
 
@@ -18,6 +24,8 @@ def _with_items_of(mine: Arrays, other: Arrays, count: int) -> Arrays:
     """A data set with the first `count` items of another one appended."""
     inputs = {name: np.concatenate([value, other.inputs[name][:count]]) for name, value in mine.inputs.items()}
     plain = inputs.get("", inputs)
+    assert isinstance(mine.targets, np.ndarray)
+    assert isinstance(other.targets, np.ndarray)
     return Arrays(plain, np.concatenate([mine.targets, other.targets[:count]]))
 
 
@@ -43,6 +51,69 @@ def test_a_single_double_is_noted_and_no_obstacle(tmp_path: Path) -> None:
     assert row.reason.startswith("1 of")
 
 
+def _context(target: Target, folder: Path, **splits: Any) -> Context:
+    """The context of a run on these splits, by a teacher of one number per item."""
+    return make_context(
+        lambda inputs: {"output": inputs["x"]},
+        task="regression",
+        target=target,
+        budget=Budget(latency_ms=1.0),
+        student=kit.fixed("regression"),
+        store=StageStore(folder),
+        **splits,
+    )
+
+
+def _numbers(start: int, stop: int) -> Arrays:
+    """Items that are told apart by their one value."""
+    return Arrays({"x": np.arange(start, stop, dtype=np.float64)[:, None]}, np.zeros((stop - start, 1)))
+
+
+class OnDisk:
+    """The same items, but read one by one, as from a disk."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([float(self.start + index)]), np.zeros(1)
+
+
+def test_large_splits_are_compared_whole_so_that_a_leak_of_one_percent_is_counted_exactly(tmp_path: Path) -> None:
+    train, validation = _numbers(0, 50_000), _numbers(100_000, 121_000)
+    with edgekd.connect("null") as target:
+        rows = check_splits(_context(target, tmp_path, train=train, validation=validation, test=_numbers(49_750, 74_750)))
+        assert [(row.step, row.reason.split(" items")[0]) for row in rows[1:]] == [("train and test", "250 of 25000")]
+        assert rows[0].reason == "inputs compared: train 50000 items; validation 21000 items; test 25000 items"
+        with pytest.raises(DataError, match="the train and test data overlap.*251 of 25000 items"):
+            check_splits(_context(target, tmp_path, train=train, validation=validation, test=_numbers(49_749, 74_749)))
+
+
+def test_a_leak_from_training_data_that_are_not_in_memory_is_estimated_with_bounds(tmp_path: Path) -> None:
+    with edgekd.connect("null") as target:
+        rows = check_splits(_context(target, tmp_path, train=OnDisk(0, 40_000), validation=_numbers(60_000, 60_500), test=_numbers(39_980, 43_980)))
+        assert "train 20000 of 40000 items, drawn by seed" in rows[0].reason
+        (none,) = [row.reason for row in rows if row.step == "train and validation"]
+        assert none.startswith("0 of 500 validation items found among train 20000 of 40000 items, drawn by seed: about 0 in all, 0 to ")
+        (some,) = [row.reason for row in rows if row.step == "train and test"]
+        found, low, high = int(some.split(" ")[0]), *(int(value) for value in re.findall(r"(\d+) to (\d+)", some)[0])
+        assert 0 < found < 20  # of the 20 doubles, those that were drawn
+        assert low < 20 < high
+        with pytest.raises(DataError, match=r"the train and test data overlap.*about \d+ in all"):
+            check_splits(_context(target, tmp_path, train=OnDisk(0, 40_000), validation=_numbers(60_000, 60_500), test=_numbers(39_600, 43_600)))
+
+
+def test_splits_of_the_same_name_are_compared_with_each_other(tmp_path: Path) -> None:
+    with edgekd.connect("null") as target:
+        context = _context(target, tmp_path, train=_numbers(0, 100), validation=_numbers(100, 200), test=_numbers(150, 250))
+        context.validation.name = context.test.name
+        with pytest.raises(DataError, match="the validation and test data overlap.*50 of 100"):
+            check_splits(context)
+
+
 def test_a_teacher_that_knows_nothing_is_refused(tmp_path: Path) -> None:
     arguments = kit.arguments("classification", tmp_path / "run", student=kit.fixed("classification"))
     classes = int(arguments["test"].targets.max()) + 1
@@ -55,5 +126,6 @@ def test_a_teacher_that_knows_nothing_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("max_drop", 5.0), ("max_drop", 1), ("accuracy_floor", 90.0)])
 def test_percentages_where_fractions_are_meant_are_refused_with_the_fraction(field: str, value: float) -> None:
+    wrong: dict[str, Any] = {field: value}
     with pytest.raises(BudgetError, match=rf"did you mean {field}={value / 100:g}"):
-        Budget(latency_ms=1.0, **{field: value})
+        Budget(latency_ms=1.0, **wrong)

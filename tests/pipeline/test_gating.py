@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from pipeline.bundle_kit import bundle_copy, edit, interpreter, quantized, resealed, shell
 
 from edgekd.bundle import MANIFEST, open_bundle, save_evaluation
 from edgekd.cli.main import cli
@@ -22,6 +21,7 @@ from edgekd.gating import gate, validate
 from edgekd.options import Options
 from edgekd.records import Budget, Manifest, Outcome
 from edgekd.target import connect
+from tests.pipeline.bundle_kit import bundle_copy, edit, interpreter, quantized, resealed, shell
 
 
 def edgekd(*args: object) -> Result:

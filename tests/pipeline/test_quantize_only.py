@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from pipeline.bundle_kit import SAMPLES, home, save_inputs
 
 from edgekd.bundle import open_bundle
 from edgekd.errors import ConfigError, DataError, InputError, ModelError
@@ -21,6 +20,7 @@ from edgekd.result import Result
 from edgekd.target import connect
 from edgekd.tasks import Classification, Regression
 from edgekd.teachers import OnnxTeacher
+from tests.pipeline.bundle_kit import SAMPLES, home, save_inputs
 
 
 def run(tmp_path: Path, data: Path, *, model: Path | None = None, target: str = "null", overrides: tuple[str, ...] = (), **changes: Any) -> Result:

@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from pipeline_kit import OPTIONS, arguments, make_data, make_teacher
 
 from edgekd.contracts import ConvertRequest
 from edgekd.data import Arrays
@@ -25,6 +24,7 @@ from edgekd.spaces import Fixed
 from edgekd.stages import STAGES
 from edgekd.target import connect
 from edgekd.tasks import Classification
+from tests.pipeline.pipeline_kit import OPTIONS, arguments, make_data, make_teacher
 
 pytestmark = pytest.mark.torch
 

@@ -12,14 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from contracts.transport_contract import WAIT_S, TransportContract
 
 from edgekd import registry
 from edgekd.contracts import EndState, Transport
 from edgekd.errors import DeviceError, InputError, ProfileError
 from edgekd.records import Profile, TransportConfig
+from edgekd.testing import TransportContract
 
 ROOT = Path(__file__).resolve().parents[2]
+WAIT_S = 20.0
 HOST = """
 import sys, time
 from edgekd import registry

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from contracts.runtime_contract import RuntimeContract
 
 from edgekd import registry
 from edgekd.contracts import Runtime
 from edgekd.profile_file import load_profile
+from edgekd.testing import RuntimeContract
 
 pytest.importorskip("onnxruntime")
 

@@ -80,7 +80,7 @@ def make_runtime(*overrides: str) -> Any:
     return runtime
 
 
-def request(models: dict[str, StoredArtifact], launches: int = 3, **rest: int) -> BenchmarkRequest:
+def request(models: dict[str, StoredArtifact], launches: int = 3, **rest: Any) -> BenchmarkRequest:
     inputs = {label: {"x": np.zeros((2, 3, 16, 16), np.float32)} for label in models}
     return BenchmarkRequest(models=models, schedule=tuple(models) * launches, inputs=inputs, protocol=PROTOCOL, **rest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -14,7 +15,6 @@ from typing import ClassVar
 import numpy as np
 import onnx
 import pytest
-from contracts.runtime_contract import PROTOCOL, RuntimeContract, reference, two_headed, two_inputs
 from onnx import TensorProto, helper
 
 from edgekd import registry
@@ -22,6 +22,7 @@ from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import BenchmarkRequest, Runtime, Transport
 from edgekd.errors import BundleError, DataError, DeviceBusy, DeviceError, MissingDependency, ModelError, ProfileError, UnsupportedModel
 from edgekd.records import Format, IOSpec, LaunchProtocol, MeasureConfig, Precision, Profile, RuntimeConfig, TensorSpec, TransportConfig
+from edgekd.testing import QUICK_PROTOCOL, RuntimeContract, two_headed, two_headed_outputs, two_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = LaunchProtocol(warmup_min_s=0.0, warmup_max_s=0.0, min_samples=10, min_time_s=0.3, max_time_s=0.3)
@@ -132,7 +133,7 @@ class TestOnnxRuntime(RuntimeContract):
 
     def test_device_is_clean_after_every_kind_of_job(self, runtime: Runtime, tmp_path: Path) -> None:
         model = two_headed(tmp_path / "model")
-        runtime.benchmark(request(model, 1, PROTOCOL))
+        runtime.benchmark(request(model, 1, QUICK_PROTOCOL))
         runtime.infer(model, two_inputs(2), taps=["mixed"])
         runtime.op_times(model, two_inputs(2), runs=2)
         runtime.supports(model)
@@ -141,7 +142,7 @@ class TestOnnxRuntime(RuntimeContract):
     def test_infer_feeds_fixed_batch_whole(self, runtime: Runtime, tmp_path: Path) -> None:
         inputs = two_inputs(7)
         outputs = runtime.infer(two_headed(tmp_path / "model", 4), inputs)
-        np.testing.assert_allclose(outputs["heads.gate"], reference(inputs)["heads.gate"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(outputs["heads.gate"], two_headed_outputs(inputs)["heads.gate"], rtol=1e-5, atol=1e-5)
 
     def test_infer_casts_within_kind_only(self, runtime: Runtime, tmp_path: Path) -> None:
         model, inputs = two_headed(tmp_path / "model"), two_inputs(2)
@@ -186,7 +187,7 @@ class TestOnnxRuntime(RuntimeContract):
         odd = single(tmp_path / "odd", [helper.make_node("Wobble", ["x"], ["y"], domain="made.up")], domain="made.up")
         inputs = {"x": {"x": np.zeros((1, 4), np.float32)}}
         with pytest.raises(UnsupportedModel, match="launch 0 of 'x'") as caught:
-            runtime.benchmark(BenchmarkRequest(models={"x": odd}, schedule=("x",), inputs=inputs, protocol=PROTOCOL))
+            runtime.benchmark(BenchmarkRequest(models={"x": odd}, schedule=("x",), inputs=inputs, protocol=QUICK_PROTOCOL))
         assert caught.value.subject == "Wobble"
         assert left_over(self.workdir) == []
 
@@ -211,8 +212,7 @@ class TestOnnxRuntime(RuntimeContract):
             pair(profile(tmp_path))[1].open()
 
     def test_deadline_grows_with_schedule(self) -> None:
-        from edgekd.targets.runtimes import _job
-
+        _job = importlib.import_module("edgekd.targets.runtimes._job")
         short, long = LaunchProtocol(max_time_s=1.0), LaunchProtocol(max_time_s=30.0)
         assert _job.job_deadline_s(short, 2, 5.0) < _job.job_deadline_s(short, 3, 5.0)
         assert _job.job_deadline_s(short, 2, 5.0) < _job.job_deadline_s(long, 2, 5.0)
@@ -271,6 +271,6 @@ class TestNothingIsLost:
         with pytest.raises(DeviceBusy, match=r"process [0-9]+"):
             runtime.benchmark(request(model, 1, seed=1))
         end_host(host, signal.SIGKILL)
-        assert len(runtime.benchmark(request(model, 1, PROTOCOL, seed=1))) == 1
+        assert len(runtime.benchmark(request(model, 1, QUICK_PROTOCOL, seed=1))) == 1
         assert left_over(workdir) == []
         transport.close()

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contracts.runtime_contract import two_headed, two_inputs
+
+from edgekd.testing import two_headed, two_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "targets" / "runner.py"

@@ -1,4 +1,4 @@
-"""What every transport must do, as an abstract suite: subclass `TransportContract` and give `make`."""
+"""What every transport must do, as a suite of tests that those of a new one subclass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from edgekd.contracts import EndState, JobState, Transport
 from edgekd.errors import DeviceError, InputError
 
 WAIT_S = 20.0
+"""How long a test waits for what should come at once, in seconds."""
 
 
 class TransportContract:
-    """Needs `sh`, `cat`, `printf`, `sleep` and `ls` on the device."""
+    """Subclass it as `TestMyTransport` and write `make`; the tests come with it. The device needs `sh`, `cat`, `grep`, `printf`, `sleep` and `ls`."""
 
     def make(self, tmp_path: Path) -> Transport:
         """A new, unopened transport; every call leads to the same work folder of the same device."""

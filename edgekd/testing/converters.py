@@ -1,4 +1,4 @@
-"""What every converter promises; a new converter subclasses this suite and supplies itself."""
+"""What every converter must do, as a suite of tests that those of a new one subclass."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import pytest
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Converter, ConvertRequest
 from edgekd.errors import EdgekdError
+from edgekd.records import Format
 from edgekd.registry import load
 from edgekd.storage import sha256_file
 
 
 class ConverterContract:
-    """Subclass it, set `converter_name` and write `request` and `unusable_source`; the tests come with it."""
+    """Subclass it as `TestMyConverter`, set `converter_name` and write `request` and `unusable_source`; the tests come with it.
+
+    `converter_name` is the name it is registered under. `files_are_reproducible` says whether the same request gives the same bytes twice.
+    """
 
     converter_name: str
     files_are_reproducible = True
@@ -53,7 +57,7 @@ class ConverterContract:
         assert made.folder == folder
         assert made.record.precision in converter.precisions
         assert made.record.format.value == converter.target
-        assert made.record.opset > 0
+        assert made.record.opset > 0 or made.record.format is not Format.ONNX
         assert made.record.producers
         assert set(made.record.files) == {path.name for path in folder.iterdir()}
 
