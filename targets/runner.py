@@ -1,7 +1,8 @@
 """The program that measures on the device; it is pushed there as data and run as `python runner.py JOB.json`.
 
-One file, Python 3.8, standard library only at import; nothing imports it and it imports nothing of edgekd. It writes one JSON
-object per line, flushed and synced, each with a `kind`; tensors are `.npy` files. Paths in a job are relative to the working folder.
+Python 3.8, standard library only at import; nothing imports it and it imports nothing of edgekd. What one runtime alone needs stands
+in `runner_<runtime>.py` beside it, under the same rules. It writes one JSON object per line, flushed and synced, each with a `kind`;
+tensors are `.npy` files. Paths in a job are relative to the working folder.
 
 Jobs (`kind`): `benchmark` starts one fresh process per launch (itself with `--launch SPEC.json`) in the order of `schedule` and
 writes a `launch` line for each; `infer` writes an `outputs` line; `op_times` writes an `op_times` line; `check` creates a session
@@ -28,6 +29,7 @@ import os
 import platform
 import re
 import resource
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -181,7 +183,7 @@ def fingerprint(job: dict[str, Any]) -> dict[str, str]:
     return {
         "cpu_model": cpu_model(cpuinfo), "isa": isa_text(cpuinfo), "cores": str(os.cpu_count() or 0), "machine": platform.machine(),
         "ram_mb": "unknown" if memory is None else f"{memory / 1e6:.0f}", "os": os_name(read_text("/etc/os-release")), "kernel": platform.release(),
-        "python": platform.python_version(), "runtime": job["backend"], "runtime_version": BACKENDS[job["backend"]](job).version,
+        "python": platform.python_version(), "runtime": job["backend"], "runtime_version": open_backend(job).version,
         "threads": str(job["threads"]),
     }  # fmt: skip
 
@@ -198,65 +200,30 @@ def tidy(folder: str, cap_mb: float, keep_s: float = 86400.0) -> None:
         total -= size
 
 
-class OnnxRuntimeBackend:
-    """ONNX Runtime on the CPU provider, 1.16 or newer."""
+def open_backend(job: dict[str, Any]) -> Any:
+    """The runtime of a job: `Backend(job)` in `runner_<backend>.py` beside this file.
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        try:
-            import onnxruntime
-            from onnxruntime.capi import onnxruntime_pybind11_state as state
-        except ImportError as error:
-            raise JobError("missing", str(error), python=sys.executable) from error
-        self.ort, self.job, self.version = onnxruntime, job, str(onnxruntime.__version__)
-        RUNTIME_ERRORS.extend(item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception))
-
-    def load(self, model: str, profile_prefix: str | None = None) -> None:
-        """Create the session; `inputs` (name, shape), `outputs` (name) and `run(names, feed)` exist afterwards."""
-        options = self.ort.SessionOptions()
-        options.intra_op_num_threads = self.job["threads"]
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.job["options"].get("spinning", True) else "0")
-        if profile_prefix is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = profile_prefix
-        try:
-            self.session = self.ort.InferenceSession(model, sess_options=options, providers=["CPUExecutionProvider"])
-        except tuple(RUNTIME_ERRORS) as error:
-            raise JobError("load", str(error), operator=failing_operator(str(error))) from error
-        self.inputs = [(item.name, item.shape) for item in self.session.get_inputs()]
-        self.outputs = [item.name for item in self.session.get_outputs()]
-        self.run = self.session.run
-
-    def op_table(self, runs: int) -> list[dict[str, Any]]:
-        """Median times per node over the last `runs` inferences."""
-        path = self.session.end_profiling()
-        with open(path, encoding="utf-8") as stream:
-            return op_table(json.load(stream), runs)
+    Making it raises `ImportError` where the device lacks a package and gives `version` and `errors`, the exceptions of the runtime.
+    `load(model, profile_prefix=None)` creates a session; then there are `inputs` (name, shape), `outputs` (names) and `run(names, feed)`,
+    where no names mean all outputs. `op_table(runs)` gives the times per node of a session with a prefix, `failing_operator(message)`
+    the operator that made the runtime refuse a model, or an empty text.
+    """
+    try:
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"runner_{job['backend']}.py")
+        backend = runpy.run_path(path)["Backend"](job)
+    except ImportError as error:
+        raise JobError("missing", str(error), python=sys.executable) from error
+    RUNTIME_ERRORS.extend(backend.errors)
+    return backend
 
 
-BACKENDS = {"onnxruntime": OnnxRuntimeBackend}
-
-
-def failing_operator(message: str) -> str:
-    """The operator that an ONNX Runtime message complains about, or an empty text."""
-    match = re.search(r"implementation for ([\w.:]+)\(|Fatal error: (?:[\w.]*:)?(\w+)\(|No Op registered for (\w+)", message)
-    return next(filter(None, match.groups()), "") if match else ""
-
-
-def op_table(events: list[dict[str, Any]], runs: int) -> list[dict[str, Any]]:
-    """Median nanoseconds per node over its last `runs` kernel times, in execution order, from ONNX Runtime's profile (microseconds)."""
-    nodes: dict[tuple[Any, ...], list[int]] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            args = event.get("args", {})
-            key = (event["name"][: -len("_kernel_time")], args.get("op_name", ""), args.get("provider", ""), args.get("node_index", ""))
-            nodes.setdefault(key, []).append(event["dur"])
-    return [
-        {"name": name, "op_type": op_type, "provider": provider, "time_ns": int(statistics.median(times[-runs:]) * 1000)}
-        for (name, op_type, provider, _), times in nodes.items()
-    ]
+def load_model(backend: Any, model: str, profile_prefix: str | None = None) -> Any:
+    """The backend with a session of the model."""
+    try:
+        backend.load(model, profile_prefix)
+    except tuple(RUNTIME_ERRORS) as error:
+        raise JobError("load", str(error), operator=backend.failing_operator(str(error))) from error
+    return backend
 
 
 def make_feeds(inputs: list[tuple[str, list[Any]]], arrays: dict[str, Any]) -> tuple[list[dict[str, Any]], int, int]:
@@ -313,12 +280,12 @@ def warm_up(step: Callable[[int], int], protocol: dict[str, Any]) -> tuple[int, 
 def launch(job: dict[str, Any]) -> dict[str, Any]:
     """One launch in this process: load, first inference, warm-up, timed loop; its facts as a dictionary."""
     protocol, clock = job["protocol"], time.perf_counter_ns
-    backend, arrays = BACKENDS[job["backend"]](job), load_arrays(job["inputs"])
+    backend, arrays = open_backend(job), load_arrays(job["inputs"])
     started_at, ticks = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), stat_ticks(read_text("/proc/stat"))
     before = snapshot()
     os.utime(os.path.dirname(job["model"]) or ".")
     begin = clock()
-    backend.load(job["model"])
+    load_model(backend, job["model"])
     init_ns = clock() - begin
     feeds, _, _ = make_feeds(backend.inputs, arrays)
     run = backend.run
@@ -417,8 +384,7 @@ def run_infer(job: dict[str, Any], folder: str) -> bool:
     """All samples through one session; outputs, the first axis holding the samples, as `.npy` in the job's folder."""
     import numpy
 
-    backend = BACKENDS[job["backend"]](job)
-    backend.load(job["model"])
+    backend = load_model(open_backend(job), job["model"])
     unknown = [name for name in job["outputs"] if name not in backend.outputs]
     if unknown:
         raise JobError("run", f"the model has no output {unknown}; it has {backend.outputs}")
@@ -446,8 +412,7 @@ def run_infer(job: dict[str, Any], folder: str) -> bool:
 
 def run_op_times(job: dict[str, Any], folder: str) -> bool:
     """The runtime's own times per node; a tenth more runs than asked, at least five, warm up and do not count."""
-    backend = BACKENDS[job["backend"]](job)
-    backend.load(job["model"], profile_prefix=os.path.join(folder, "profile"))
+    backend = load_model(open_backend(job), job["model"], os.path.join(folder, "profile"))
     feeds, _, _ = make_feeds(backend.inputs, load_arrays(job["inputs"]))
     for index in range(job["runs"] + max(5, job["runs"] // 10)):
         backend.run(None, feeds[index % len(feeds)])
@@ -457,8 +422,7 @@ def run_op_times(job: dict[str, Any], folder: str) -> bool:
 
 def run_check(job: dict[str, Any], folder: str) -> bool:
     """Create a session, as the only sure answer to whether the runtime takes the model."""
-    backend = BACKENDS[job["backend"]](job)
-    backend.load(job["model"])
+    backend = load_model(open_backend(job), job["model"])
     emit("check", inputs=[name for name, _ in backend.inputs], outputs=backend.outputs)
     return True
 

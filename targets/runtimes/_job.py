@@ -21,13 +21,13 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, BenchmarkRequest, EndState, Tensors, Transport
-from edgekd.errors import ConfigError, DataError, DeviceBusy, DeviceError, DeviceTimeout, LinkLost, ModelError, RunnerFailed, UnsupportedModel
+from edgekd.errors import DeviceBusy, DeviceError, DeviceTimeout, LinkLost, ModelError, RunnerFailed, UnsupportedModel
 from edgekd.records import Launch, LaunchProtocol, Profile
 from edgekd.storage import sha256_bytes, sha256_file, write_atomic
 
 from .._owner import owner_state, owner_text
 
-_RUNNER = Path(__file__).resolve().parent.parent / "runner.py"
+_PROGRAMS = Path(__file__).resolve().parent.parent
 _MODELS_CAP_MB = 2048.0
 _STALE = timedelta(hours=24)
 _START_S = 60.0
@@ -52,7 +52,7 @@ def job_deadline_s(protocol: LaunchProtocol, launches: int, lock_wait_s: float) 
 
 
 class RunnerJobs:
-    """Runs jobs of `targets/runner.py` on the device of `transport` with the given backend.
+    """Runs jobs of `targets/runner.py` on the device of `transport` with the backend in `targets/runner_<backend>.py`.
 
     Models lie in `models/<hash>` and are sent once; the files of a job lie in `work/<job>` and are removed with it.
     """
@@ -65,9 +65,12 @@ class RunnerJobs:
         self._sent: set[str] = set()
 
     def install(self) -> None:
-        """Send the runner, named by its hash."""
-        self._runner = f"runner-{sha256_file(_RUNNER)[:16]}.py"
-        self.transport.push(_RUNNER, self._runner)
+        """Send the runner and the backend's half of it, into a folder named by their hashes."""
+        files = (_PROGRAMS / "runner.py", _PROGRAMS / f"runner_{self.backend}.py")
+        folder = f"runner-{sha256_bytes(''.join(map(sha256_file, files)).encode())[:16]}"
+        for path in files:
+            self.transport.push(path, f"{folder}/{path.name}")
+        self._runner = f"{folder}/runner.py"
 
     # ------------------------------------------------------------------------------------------ files
 
@@ -86,15 +89,9 @@ class RunnerJobs:
         return f"{folder}/{model.record.entry}"
 
     def send_tensors(self, work: str, tensors: Tensors) -> dict[str, str]:
-        """Each tensor's `.npy` in the job's folder, named by hash.
-
-        Raises:
-            DataError: a tensor holds objects or texts.
-        """
+        """Each tensor's `.npy` in the job's folder, named by hash."""
         paths = {}
         for name, value in tensors.items():
-            if value.dtype.hasobject or value.dtype.kind in "USM":
-                raise DataError(f"input {name!r} holds no numbers", found=value.dtype, hint="keep texts and objects outside the model", subject=name)
             buffer = io.BytesIO()
             np.save(buffer, np.ascontiguousarray(value), allow_pickle=False)
             paths[name] = f"{work}/{sha256_bytes(buffer.getvalue())[:32]}.npy"
@@ -194,12 +191,8 @@ class RunnerJobs:
         the same a second time; results older than a day are taken anew. An interrupt (Ctrl-C) ends the job.
 
         Raises:
-            ConfigError: the schedule names a label without model or inputs.
             DeviceBusy, DeviceTimeout, LinkLost, RunnerFailed, UnsupportedModel, ModelError: see `call`.
         """
-        unknown = sorted(set(request.schedule) - (set(request.models) & set(request.inputs)))
-        if unknown or not request.schedule:
-            raise ConfigError("a schedule names labels that have a model and inputs", found=unknown or "an empty schedule", allowed=sorted(request.models))
         try:
             return self._benchmark(request)
         except DeviceBusy:
@@ -216,6 +209,7 @@ class RunnerJobs:
         lock_wait_s = self.profile.measure.lock_wait_s
         fields: Line = {
             **self._base("benchmark"),
+            "runner": self._runner,
             "protocol": msgspec.to_builtins(request.protocol),
             "lock": str(self.profile.runtime.options.get("lock", "")),
             "lock_wait_s": lock_wait_s,
@@ -303,7 +297,7 @@ class RunnerJobs:
 
 
 def _request_hash(fields: Mapping[str, object], request: BenchmarkRequest, rotated: Mapping[str, Tensors], labels: Sequence[str]) -> str:
-    digest = hashlib.sha256(json.dumps({**fields, "seed": request.seed, "runner": sha256_file(_RUNNER)}, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps({**fields, "seed": request.seed, "nonce": request.nonce}, sort_keys=True).encode())
     for label in labels:
         digest.update(f"{label} {request.models[label].record.content_hash()}".encode())
         for name, value in rotated[label].items():

@@ -14,10 +14,11 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, BenchmarkRequest, Tensors, Transport
-from edgekd.errors import ConfigError, DataError, MissingDependency, ModelError, ProfileError, UnsupportedModel, near_names
+from edgekd.errors import DataError, MissingDependency, ModelError, ProfileError, UnsupportedModel, near_names
 from edgekd.records import Capabilities, Clock, Fingerprint, Format, Launch, OpTime, Precision, Profile, Snapshot, SupportReport
 from edgekd.storage import sha256_bytes
 
+from ._models import compared_names, fitting, fitting_request, output_names, refused_record, tap
 from .null_costs import CHANNEL_STEPS, FORMULA_VERSION, GraphCost, graph_cost
 
 _OPTIONS: dict[str, tuple[float, str]] = {
@@ -25,7 +26,6 @@ _OPTIONS: dict[str, tuple[float, str]] = {
     "speed": (1.0, "above 0: how many times faster than the formula"),
     "seed": (0, "integer from 0: seed of the noise"),
 }
-_DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 _SENTINEL_NS = 1_000_000
 _MAX_SESSIONS = 8
 _STILL = Snapshot(
@@ -113,21 +113,14 @@ class NullRuntime:
 
     def supports(self, model: StoredArtifact) -> SupportReport:
         """Whether ONNX Runtime makes a session of the model; text inputs are named as missing."""
-        record = model.record
-        if record.format is not Format.ONNX:
-            return SupportReport(supported=False, missing={"format": f"{record.format.value}, this runtime takes onnx"})
-        strange = {item.name: f"dtype {item.dtype}" for item in (*record.iospec.inputs, *record.iospec.outputs) if item.dtype not in _DTYPES}
-        if strange:
-            return SupportReport(supported=False, missing=strange, note="keep texts and objects outside the model")
+        refused = refused_record(model.record)
+        if refused is not None:
+            return refused
         try:
             session = self._session(model, ())
         except UnsupportedModel as error:
             return SupportReport(supported=False, missing={"model": str(error.found)}, note=error.what)
-        taken, given = {item.name for item in session.get_inputs()}, {item.name for item in session.get_outputs()}
-        missing = {item.name: "no such input in the file" for item in record.iospec.inputs if item.name not in taken}
-        missing |= dict.fromkeys(sorted(taken - {item.name for item in record.iospec.inputs}), "an input that the IOSpec lacks")
-        missing |= {item.name: "no such output in the file" for item in record.iospec.outputs if item.name not in given}
-        return SupportReport(supported=not missing, missing=missing)
+        return compared_names(model.record, [item.name for item in session.get_inputs()], [item.name for item in session.get_outputs()])
 
     def compile(self, model: StoredArtifact, folder: Path) -> StoredArtifact:
         """The same files in `folder`: nothing is compiled."""
@@ -137,14 +130,11 @@ class NullRuntime:
         """Made-up launches with `min_samples` samples each, at once and without a process.
 
         Raises:
-            ConfigError: the schedule names a label without a model or inputs.
+            ConfigError: the schedule is empty or names a label without a model or inputs.
             DataError: the inputs of a label lack one that its model takes, or hold no sample.
             ModelError: a model is no ONNX graph.
         """
-        for label in dict.fromkeys(request.schedule):
-            if label not in request.models or label not in request.inputs:
-                raise ConfigError("the schedule names a label without a model or inputs", found=label, allowed=near_names(label, request.models), subject=label)
-            _fitting(request.models[label], request.inputs[label])
+        fitting_request(request)
         return tuple(self._launch(request, label, request.first_index + offset) for offset, label in enumerate(request.schedule))
 
     def true_latency_ms(self, model: StoredArtifact, percentile: float = 50.0) -> float:
@@ -166,20 +156,19 @@ class NullRuntime:
             ModelError: a tap is no tensor of the graph, or the model does not run with these inputs.
             UnsupportedModel: ONNX Runtime refuses the model.
         """
-        fitting = _fitting(model, inputs)
+        feeds = fitting(model, inputs)
         session = self._session(model, tuple(taps))
-        outputs = [item.name for item in model.record.iospec.outputs]
-        names = [*outputs, *(tap for tap in taps if tap not in outputs)]
+        names = output_names(model, taps)
         fixed = {shape[0] for item in model.record.iospec.inputs if (shape := item.shape)}
         chunk = max((size for size in fixed if isinstance(size, int)), default=1)
-        samples = len(next(iter(fitting.values())))
+        samples = len(next(iter(feeds.values())))
         if samples % chunk:
             raise DataError(
                 "the samples do not fill the model's batches", found=samples, allowed=f"a multiple of the batch {chunk}", subject=model.record.entry
             )
         parts: dict[str, list[Array]] = {name: [] for name in names}
         for start in range(0, samples, chunk):
-            feed = {name: value[start : start + chunk] for name, value in fitting.items()}
+            feed = {name: value[start : start + chunk] for name, value in feeds.items()}
             for name, value in zip(names, _run(session, names, feed), strict=True):
                 part = np.asarray(value)
                 parts[name].append(part if part.ndim and part.shape[0] == chunk else part[None])
@@ -187,7 +176,7 @@ class NullRuntime:
 
     def op_times(self, model: StoredArtifact, inputs: Tensors, runs: int = 50) -> tuple[OpTime, ...]:
         """The formula's time of every operator that runs, in the order of the graph."""
-        _fitting(model, inputs)
+        fitting(model, inputs)
         times = [(node, round(node.time_ns / self._option("speed"))) for node in self._cost(model).nodes]
         whole = sum(time_ns for _, time_ns in times) or 1
         return tuple(OpTime(name=node.name, op_type=node.op_type, time_ns=time_ns, share=time_ns / whole, provider="null") for node, time_ns in times)
@@ -240,28 +229,17 @@ class NullRuntime:
         return self._sessions[key]
 
 
-def _fitting(model: StoredArtifact, inputs: Tensors) -> dict[str, Array]:
-    """The inputs that the model takes, in its dtypes; only casts within a kind (float64 to float32) are made."""
-    fitting = {}
-    for item in model.record.iospec.inputs:
-        if item.name not in inputs:
-            raise DataError(f"input {item.name!r} is missing", found=sorted(inputs), hint="name the inputs as in the artifact's IOSpec", subject=item.name)
-        value = np.asarray(inputs[item.name])
-        if not np.can_cast(value.dtype, np.dtype(item.dtype), casting="same_kind"):
-            raise DataError(f"input {item.name!r} has another kind of numbers", found=value.dtype, allowed=item.dtype, subject=item.name)
-        fitting[item.name] = np.ascontiguousarray(value, dtype=item.dtype)
-    counts = {name: len(value) if value.ndim else 0 for name, value in fitting.items()}
-    if len(set(counts.values())) != 1 or 0 in counts.values():
-        raise DataError("inputs must hold the same number of samples, at least one", found=counts)
-    return fitting
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """Whatever ONNX Runtime raises."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+    return tuple(item for item in vars(states).values() if isinstance(item, type) and issubclass(item, Exception))
 
 
 def _run(session: Any, names: list[str], feed: dict[str, Array]) -> list[Any]:
-    from onnxruntime.capi import onnxruntime_pybind11_state as states
-
     try:
         outputs: list[Any] = session.run(names, feed)
-    except (states.Fail, states.InvalidArgument, states.RuntimeException) as error:
+    except _runtime_errors() as error:
         raise ModelError("the model does not run with these inputs", found=str(error).splitlines()[0], hint="compare shapes with the model's IOSpec") from error
     return outputs
 
@@ -270,7 +248,6 @@ def _open_session(path: Path, taps: tuple[str, ...]) -> Any:
     """An ONNX Runtime session on one thread, with the taps added to the graph's outputs."""
     import onnx
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as states
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -278,26 +255,11 @@ def _open_session(path: Path, taps: tuple[str, ...]) -> Any:
     source: str | bytes = str(path)
     if taps:
         model = onnx.load(str(path))
-        known = {name for node in model.graph.node for name in node.output if name}
-        present = {item.name for item in model.graph.output}
-        for tap in taps:
-            if tap not in known:
-                raise ModelError(f"the graph has no tensor {tap!r} to tap", found=tap, allowed=near_names(tap, known), subject=tap)
-            if tap not in present:
-                model.graph.output.append(onnx.ValueInfoProto(name=tap))
+        tap(model, taps)
         source = model.SerializeToString()
-    refusals = (
-        states.Fail,
-        states.InvalidArgument,
-        states.InvalidGraph,
-        states.InvalidProtobuf,
-        states.NotImplemented,
-        states.RuntimeException,
-        states.NoSuchFile,
-    )
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except refusals as error:
+    except _runtime_errors() as error:
         raise UnsupportedModel(
             f"ONNX Runtime refuses {path.name}", found=str(error).splitlines()[0], hint="export it with another opset", subject=path.name
         ) from error

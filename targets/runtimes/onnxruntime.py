@@ -10,19 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, BenchmarkRequest, Tensors, Transport
-from edgekd.errors import DataError, DeviceError, MissingDependency, ModelError, ProfileError, RunnerFailed, UnsupportedModel, near_names
+from edgekd.errors import DeviceError, MissingDependency, ProfileError, RunnerFailed, UnsupportedModel
 from edgekd.records import Capabilities, Fingerprint, Format, Launch, OpTime, Precision, Profile, Snapshot, SupportReport
 
 from ._job import RunnerJobs
+from ._models import compared_names, fitting, fitting_request, output_names, refused_record, tap
 
 _SHORT_S = 120.0
 _SAMPLE_S = 2.0
 _OPTIONS = {"spinning": bool, "lock": str}
-_DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 
 
 class OnnxRuntime:
@@ -94,7 +93,6 @@ class OnnxRuntime:
             channel_steps={"int8": 16, "fp32": 16 if "avx512" in isa else 8},
             taps=True,
             op_times=True,
-            proven_on_hardware=self.profile.proven_on_hardware,
         )
 
     def snapshot(self) -> Snapshot:
@@ -105,12 +103,9 @@ class OnnxRuntime:
 
     def supports(self, model: StoredArtifact) -> SupportReport:
         """Whether the model is ONNX with tensors of numbers and a session of it can be created on the device, which is tried."""
-        record = model.record
-        if record.format is not Format.ONNX:
-            return SupportReport(supported=False, missing={"format": f"{record.format.value}, this runtime takes onnx"})
-        strange = {tensor.name: f"dtype {tensor.dtype}" for tensor in (*record.iospec.inputs, *record.iospec.outputs) if tensor.dtype not in _DTYPES}
-        if strange:
-            return SupportReport(supported=False, missing=strange, note="keep texts and objects outside the model")
+        refused = refused_record(model.record)
+        if refused is not None:
+            return refused
         try:
             with self._jobs.folder("check") as work:
                 found = self._jobs.call("check", work, _SHORT_S, model=self._jobs.send_model(model))[0]
@@ -118,10 +113,7 @@ class OnnxRuntime:
             return SupportReport(supported=False, missing={str(error.subject): str(error.found)}, note=error.what)
         except RunnerFailed as error:
             return SupportReport(supported=False, missing={"session": str(error.found)}, note=f"creating a session failed hard: {error.what}")
-        missing = {tensor.name: "no such input in the file" for tensor in record.iospec.inputs if tensor.name not in found["inputs"]}
-        missing |= {name: "an input that the IOSpec lacks" for name in found["inputs"] if name not in {tensor.name for tensor in record.iospec.inputs}}
-        missing |= {tensor.name: "no such output in the file" for tensor in record.iospec.outputs if tensor.name not in found["outputs"]}
-        return SupportReport(supported=not missing, missing=missing)
+        return compared_names(model.record, found["inputs"], found["outputs"])
 
     def compile(self, model: StoredArtifact, folder: Path) -> StoredArtifact:
         """The same files in `folder`: ONNX Runtime deploys what it is given."""
@@ -131,12 +123,12 @@ class OnnxRuntime:
         """One launch, a fresh process on the device, per label of the schedule, in order, with raw samples.
 
         Raises:
+            ConfigError: the schedule is empty or names a label without a model or inputs; DataError: the inputs do not fit.
             DeviceBusy: another benchmark held the device for `measure.lock_wait_s`.
             DeviceTimeout, LinkLost, RunnerFailed: the device or the way to it failed; ask again to find a job that still runs.
             UnsupportedModel, ModelError: a model cannot be loaded, or not run with these inputs.
         """
-        inputs = {label: self._fitting(request.models[label], tensors) for label, tensors in request.inputs.items() if label in request.models}
-        return self._jobs.benchmark(replace(request, inputs=inputs))
+        return self._jobs.benchmark(replace(request, inputs=fitting_request(request)))
 
     def infer(self, model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:
         """Outputs `(samples, ...)` by the names and in the order of the IOSpec, then the tapped tensors; all of it in one process.
@@ -149,13 +141,12 @@ class OnnxRuntime:
             ModelError: a tap or an output is no tensor of the graph, or the model does not run with these inputs.
             DataError: an input is missing, is not numeric, or the numbers of samples differ.
         """
-        fitting = self._fitting(model, inputs)
-        outputs = [tensor.name for tensor in model.record.iospec.outputs]
-        names = [*outputs, *(tap for tap in taps if tap not in outputs)]
-        samples = len(next(iter(fitting.values())))
+        tensors, names = fitting(model, inputs), output_names(model, taps)
+        samples = len(next(iter(tensors.values())))
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder, self._jobs.folder("infer") as work:
-            ready = tapped_model(model, names[len(outputs) :], Path(folder)) if len(names) > len(outputs) else model
-            fields = {"model": self._jobs.send_model(ready), "inputs": self._jobs.send_tensors(work, fitting), "outputs": names}
+            inner = names[len(model.record.iospec.outputs) :]
+            ready = tapped_model(model, inner, Path(folder)) if inner else model
+            fields = {"model": self._jobs.send_model(ready), "inputs": self._jobs.send_tensors(work, tensors), "outputs": names}
             line = self._jobs.call("infer", work, _SHORT_S + samples * _SAMPLE_S, **fields)[0]
             return {name: self._jobs.fetch(line["files"][name]) for name in names}
 
@@ -165,27 +156,10 @@ class OnnxRuntime:
         The profiler counts whole microseconds and slows the model down by a tenth or more: use the shares, not the sum.
         """
         with self._jobs.folder("op_times") as work:
-            fields = {"model": self._jobs.send_model(model), "inputs": self._jobs.send_tensors(work, self._fitting(model, inputs)), "runs": runs}
+            fields = {"model": self._jobs.send_model(model), "inputs": self._jobs.send_tensors(work, fitting(model, inputs)), "runs": runs}
             ops = self._jobs.call("op_times", work, _SHORT_S + runs * _SAMPLE_S, **fields)[0]["ops"]
         total = sum(op["time_ns"] for op in ops) or 1
         return tuple(OpTime(share=op["time_ns"] / total, **op) for op in ops)
-
-    def _fitting(self, model: StoredArtifact, inputs: Tensors) -> dict[str, Array]:
-        """The inputs in the IOSpec's order and dtypes; only casts within a kind (float64 to float32) are made."""
-        fitting = {}
-        for tensor in model.record.iospec.inputs:
-            if tensor.name not in inputs:
-                raise DataError(
-                    f"input {tensor.name!r} is missing", found=sorted(inputs), hint="name the inputs as in the artifact's IOSpec", subject=tensor.name
-                )
-            value = np.asarray(inputs[tensor.name])
-            if not np.can_cast(value.dtype, np.dtype(tensor.dtype), casting="same_kind"):
-                raise DataError(f"input {tensor.name!r} has another kind of numbers", found=value.dtype, allowed=tensor.dtype, subject=tensor.name)
-            fitting[tensor.name] = np.ascontiguousarray(value, dtype=tensor.dtype)
-        counts = {name: len(value) if value.ndim else 0 for name, value in fitting.items()}
-        if len(set(counts.values())) != 1 or 0 in counts.values():
-            raise DataError("inputs must hold the same number of samples, at least one", found=counts)
-        return fitting
 
 
 def tapped_model(model: StoredArtifact, taps: Sequence[str], folder: Path) -> StoredArtifact:
@@ -201,13 +175,7 @@ def tapped_model(model: StoredArtifact, taps: Sequence[str], folder: Path) -> St
         raise MissingDependency("onnx", "x86", purpose="looking at tensors inside a model") from error
     model.copy_to(folder)
     proto = onnx.load(folder / model.record.entry, load_external_data=False)
-    computed = {name for node in proto.graph.node for name in node.output if name}
-    present = {value.name for value in proto.graph.output}
-    for tap in taps:
-        if tap not in computed:
-            raise ModelError(f"no node of the model computes a tensor called {tap!r}", found=tap, allowed=near_names(tap, computed), subject=tap)
-        if tap not in present:
-            proto.graph.output.append(onnx.ValueInfoProto(name=tap))
+    tap(proto, taps)
     (folder / model.record.entry).write_bytes(proto.SerializeToString())
     record = model.record
     return store_artifact(

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CORE = "edgekd"
 FOLDERS = ("targets", "converters", "profiles")
-RUNNER = ROOT / "targets" / "runner.py"
+RUNNERS = sorted((ROOT / "targets").glob("runner*.py"))
 MAY_IMPORT_BY_TEXT = {ROOT / "edgekd" / "registry.py", ROOT / "edgekd" / "__init__.py"}
 PLUG_IN_MODULE = re.compile(r"^edgekd\.(targets|converters)\.[\w.:]+$")
 FORBIDDEN_MODULES = ("targets", "converters", "profiles", "tests", "edgekd.edgekd", "edgekd.tests")
@@ -116,6 +116,7 @@ def test_every_module_keeps_the_arrows(path: Path) -> None:
         ("targets/runtimes/x.py", "from targets.runtimes import null"),
         ("targets/runtimes/x.py", "from ...converters import onnx_from_torch"),
         ("targets/transports/x.py", "from .. import runner"),
+        ("targets/runtimes/x.py", "from .. import runner_onnxruntime"),
         ("converters/x.py", "import edgekd.profiles"),
         ("converters/x.py", "__import__('converters.y')"),
         ("edgekd/x.py", "import importlib\nNAME = 'edgekd.converters.y:Y'\nimportlib.import_module(NAME.partition(':')[0])"),
@@ -148,8 +149,9 @@ def test_profiles_are_reached_as_data_only_by_the_profile_reader() -> None:
     assert text.count("edgekd.profiles") == text.count('importlib.resources.files("edgekd.profiles")')
 
 
-def test_the_runner_imports_the_standard_library_only() -> None:
-    tree = ast.parse(RUNNER.read_text(encoding="utf-8"), feature_version=(3, 8))
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda path: str(path.name))
+def test_the_runner_imports_the_standard_library_only(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
     top_level = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
     names = {name.partition(".")[0] for name in imported(top_level, "runner", False) if name}
     assert names
@@ -171,7 +173,7 @@ def test_every_package_folder_has_its_row_in_setup_cfg() -> None:
 
 def test_no_module_is_ever_imported_under_a_second_name() -> None:
     """Every module of the package is imported in one process; then none of the forbidden names is there."""
-    names = [module_of(path) for path in every_source() if path != RUNNER and path.name != "__main__.py"]
+    names = [module_of(path) for path in every_source() if path not in RUNNERS and path.name != "__main__.py"]
     code = (
         "import importlib, sys\n"
         f"for name in {names!r}:\n"

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd import registry
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import BenchmarkRequest, Runtime
-from edgekd.errors import BundleError, DataError, ModelError, ProfileError
+from edgekd.errors import BundleError, ConfigError, DataError, ModelError, ProfileError
 from edgekd.profile_file import load_profile
 from edgekd.records import Format, IOSpec, LaunchProtocol, Precision, Profile, RuntimeConfig, TensorSpec
 
@@ -91,6 +91,11 @@ def test_null_fulfils_the_contract_and_says_simulated() -> None:
     assert runtime.capabilities().simulated == "null"
     assert not runtime.capabilities().proven_on_hardware
     assert {"cpu_model", "isa", "machine", "runtime", "runtime_version", "threads"} <= set(runtime.fingerprint().fields)
+
+
+def test_benchmark_refuses_empty_schedule(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="an empty schedule"):
+        make_runtime().benchmark(request({"net": make_net(tmp_path, 8)}, launches=0))
 
 
 def test_latency_does_not_depend_on_weights(tmp_path: Path) -> None:

@@ -170,10 +170,13 @@ class TestOnnxRuntime(RuntimeContract):
         assert not report.supported
         assert "Wobble" in report.missing
 
-    def test_supports_refuses_texts(self, runtime: Runtime, tmp_path: Path) -> None:
-        report = runtime.supports(single(tmp_path / "text", [helper.make_node("Identity", ["x"], ["y"])], dtype=TensorProto.STRING))
+    def test_texts_are_refused(self, runtime: Runtime, tmp_path: Path) -> None:
+        model = single(tmp_path / "text", [helper.make_node("Identity", ["x"], ["y"])], dtype=TensorProto.STRING)
+        report = runtime.supports(model)
         assert not report.supported
         assert "string" in report.missing["x"]
+        with pytest.raises(DataError, match="holds no numbers"):
+            runtime.infer(model, {"x": np.array([["a", "b", "c", "d"]])})
 
     def test_supports_names_input_that_file_lacks(self, runtime: Runtime, tmp_path: Path) -> None:
         model = two_headed(tmp_path / "model")
