@@ -14,6 +14,7 @@ from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, near_names
 from edgekd.onnx_io import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, opset_of, require_onnx, write_model
+from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import observe
 from edgekd.quantize.recipes import SCHEMES
 from edgekd.records import Format, Precision, QuantRecipe
@@ -29,7 +30,8 @@ class QdqFromOnnx:
     """Quantizes to int8 in the QDQ form; inputs and outputs stay float32.
 
     The request carries a recipe and `ranges` (low, high per tensor), or a calibration set to observe them on: with the request's
-    `infer`, or without one by onnxruntime on the host (metadata `ranges` says which: `given`, `infer` or `host`).
+    `infer`, or without one by onnxruntime on the host (metadata `ranges` says which: `given`, `infer` or `host`). Observing holds at most
+    the option `memory_mb` at once (10^6 bytes, default 512).
     Scheme `u8s8`: asymmetric uint8 activations, int8 weights; `u8s8_reduced`: the same with 7-bit weights, for processors whose 8-bit
     products saturate; `s8s8`: symmetric int8 for both. Node names in `recipe.float_ops` are those of the prepared model.
     """
@@ -51,8 +53,8 @@ class QdqFromOnnx:
             raise ConfigError("quantizing needs a recipe", hint="pass recipe=QuantRecipe(...)", subject=self.name)
         if recipe.scheme not in SCHEMES:
             raise ConfigError(f"there is no quantization scheme {recipe.scheme!r}", allowed=near_names(recipe.scheme, SCHEMES), subject=recipe.scheme)
-        if request.options:
-            raise ConfigError(f"qdq-from-onnx has no option {min(request.options)!r}", allowed="(none)")
+        for name in request.options.keys() - {"memory_mb"}:
+            raise ConfigError(f"qdq-from-onnx has no option {name!r}", allowed="memory_mb")
         with tempfile.TemporaryDirectory(prefix="edgekd.qdq.") as work:
             prepared = PrepareOnnx().convert(ConvertRequest(source=request.source, folder=Path(work), iospec=request.iospec, example=request.example))
             ranges = _ranges(request, prepared)
@@ -100,7 +102,8 @@ def _ranges(request: ConvertRequest, prepared: StoredArtifact) -> Mapping[str, t
     if ranges is None:
         if request.calibration is None or request.recipe is None:
             raise ConfigError("quantizing needs activation ranges", hint="pass ranges=... or calibration=...", subject="qdq-from-onnx")
-        seen = observe(request.infer or host_infer, prepared, request.calibration.inputs, sizes)
+        memory_mb = int(request.options.get("memory_mb", QuantizeOptions().memory_mb))
+        seen = observe(request.infer or host_infer, prepared, request.calibration.inputs, sizes, memory_mb=memory_mb)
         ranges = seen.ranges(request.recipe.calibration.method)
     missing = sorted(set(sizes) - set(ranges))
     if missing:

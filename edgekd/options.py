@@ -63,7 +63,6 @@ class SearchOptions(Record, tag="edgekd.search_options/1", frozen=True, kw_only=
     finalists: Positive = 3
     rung_epochs: Positive = 4
     attempts: Positive = 2
-    max_candidates: Positive = 512
 
 
 class QuantizeOptions(Record, tag="edgekd.quantize_options/1", frozen=True, kw_only=True):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from edgekd.records import Precision, Record
+from edgekd.screening import launches_each
 from edgekd.stages import STAGES
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context
@@ -58,7 +58,7 @@ class Plan(Record, tag="edgekd.plan/1", frozen=True, kw_only=True):
         return "\n".join([*lines, *self.notes])
 
 
-def make_plan(context: Context, run_dir: Path) -> Plan:
+def make_plan(context: Context) -> Plan:
     """The plan of a run. Launches are those of an undisturbed device; a verdict that stays undecided takes up to three times as many."""
     measure = context.target.profile.measure
     options = context.options
@@ -70,21 +70,24 @@ def make_plan(context: Context, run_dir: Path) -> Plan:
     rungs = 0 if len(specs) == 1 else finalists
     screen_s = measure.screen.launch.warmup_min_s + measure.screen.launch.min_time_s + _START_S
     verdict_s = measure.verdict.launch.warmup_min_s + measure.verdict.launch.min_time_s + measure.verdict.launch.gap_s + _START_S
-    screens, verdicts = measure.screen.launches, measure.verdict.launches
+    verdicts = measure.verdict.launches
+    int8 = 1 + len(context.target.capabilities.schemes) if context.wants(Precision.INT8) else 0
+    alone, quantizing, pair = (launches_each(measure.screen, count) * count for count in (1, int8 or 1, 2))
+    searching = launches_each(measure.screen, max(1, precisions * searched))
     trained = "" if from_file else f"1 training of {_epochs(options.train.epochs)} per attempt"
     longer = ", then fewer and longer" if rungs > 2 else ""
     short = f"{rungs} trainings of {_epochs(options.search.rung_epochs)}{longer}" if rungs > 1 else ""
     rows = {
-        "baseline": (screens * precisions + 8, "", screen_s, 2 * _EXPORT_S),
-        "search": (screens * precisions * searched, short, screen_s, _EXPORT_S * searched),
+        "baseline": (8 + alone + (quantizing if int8 and not from_file else 0), "", screen_s, 2 * _EXPORT_S),
+        "search": (searching * precisions * searched, short, screen_s, _EXPORT_S * searched),
         "distil": (0, trained, 0.0, 0.0),
         "convert": (0, "", 0.0, _EXPORT_S),
-        "quantize": (screens * (1 + len(context.target.capabilities.schemes)), "", screen_s, _EXPORT_S),
+        "quantize": (quantizing + pair if int8 else alone, "", screen_s, _EXPORT_S),
         "validate": (2 * verdicts, "", verdict_s, 0.0),
         "bundle": (0, "", 0.0, _EXPORT_S),
     }
     finished = _finished(context)
-    done = {path.name.partition("-")[0] for path in (run_dir / "stages").glob("*-*")} if (run_dir / "stages").is_dir() else set()
+    done = {path.name.partition("-")[0] for path in (context.store.run_dir / "stages").glob("*-*")}
     simulated = context.simulated == "null"
     out = []
     for stage in STAGES:

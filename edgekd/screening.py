@@ -11,18 +11,19 @@ import msgspec
 import numpy as np
 
 from edgekd.contracts import Target
-from edgekd.launching import Bench, Progress, Subject, by_label, cache_path, cached, structure_hash
-from edgekd.records import Grade, Launch, Limits, Measurement, Record
+from edgekd.launching import Bench, Progress, Subject, by_label, cache_path, cached
+from edgekd.records import Grade, Launch, Limits, Measurement, MeasurePlan, Record
 from edgekd.stats import CONFIDENCE, percentile_of, student_quantile
 from edgekd.validity import causes, validity_reason
-
-_PENDING = ".pending"
 
 LOW = 10.0
 """The percentile of a launch's inferences that candidates are ranked by: interference is one-sided, it only slows inferences down."""
 
 _SD_OF_MINIMUM = (1.0, 0.826, 0.748, 0.701, 0.669, 0.645, 0.626)
 """Standard deviation of the minimum of n = 1 to 7 standard normal values (Harter, Biometrika 48:151, 1961); it falls with n."""
+
+_DEGREES = 8
+"""Degrees of freedom that the spread of a screen aims at: Student's t at 99 % is then 2.9, with one subject of three launches 7.0."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,32 @@ def rank(measurements: Mapping[str, Measurement], percentile: float) -> dict[str
     """What the launches of some candidates say about the percentile of each.
 
     low = the smallest p10 of a candidate's valid launches; latency = low * ratio, where ratio is the median over the valid launches of all
-    candidates of (the launch's percentile over its candidate's low). Bounds: the noise between launches is pooled over the candidates as
-    a standard deviation of log p10, times the standard deviation of a minimum of n and the t quantile at 99 %, together with the
-    uncertainty of the ratio. With a single launch per candidate the noise within launches, log(p90/p10), stands in.
+    candidates of (the launch's percentile over its candidate's low). Bounds: the spread between launches is the standard deviation of log p10,
+    pooled over the candidates, or the candidate's own where that is larger. It is taken times the standard deviation of a minimum of n and the
+    t quantile at 99 %, together with the uncertainty of the ratio. The quantile's degrees of freedom are those of the pooled variance by
+    Satterthwaite (Biometrics Bulletin 2:110, 1946): all of them where the candidates spread alike, few where one of them makes up the spread.
+    With a single launch per candidate the noise within launches, log(p90/p10), stands in.
     A candidate without a valid launch is described by its rejected ones, from the smallest p10 to the largest percentile.
     """
     valid = {label: one.launches for label, one in measurements.items() if one.launches}
     logs = {label: np.log([_low_ms(launch) for launch in launches]) for label, launches in valid.items()}
     ratios = np.asarray([math.log(_at_ms(launch, percentile)) - float(logs[label].min()) for label, launches in valid.items() for launch in launches])
-    degrees = sum(values.size - 1 for values in logs.values())
     ratio = float(np.median(ratios)) if ratios.size else 0.0
-    quantile = student_quantile(CONFIDENCE, max(1, degrees))
-    if degrees:
-        sd = math.sqrt(sum(float(((values - values.mean()) ** 2).sum()) for values in logs.values()) / degrees)
+    own = {label: float(values.var(ddof=1)) for label, values in logs.items() if values.size > 1}
+    if own:
+        sums = {label: variance * (logs[label].size - 1) for label, variance in own.items()}
+        total, degrees = sum(sums.values()), sum(logs[label].size - 1 for label in own)
+        if total > 0.0:
+            degrees = math.floor(total**2 / sum(value**2 / (logs[label].size - 1) for label, value in sums.items()) + 1e-9)
+        pooled = total / sum(logs[label].size - 1 for label in own)
+        quantile = student_quantile(CONFIDENCE, degrees)
         ratio_error = 1.2533 * float(ratios.std(ddof=1)) / math.sqrt(ratios.size)  # sqrt(pi / 2): a median of normal values
     out: dict[str, Screened] = {}
     for label, one in measurements.items():
         if label in valid:
-            n = len(valid[label])
-            if degrees:
-                half = quantile * math.hypot(sd * _SD_OF_MINIMUM[min(n, len(_SD_OF_MINIMUM)) - 1], ratio_error)
+            if own:
+                sd = math.sqrt(max(pooled, own.get(label, 0.0)))
+                half = quantile * math.hypot(sd * _SD_OF_MINIMUM[min(len(valid[label]), len(_SD_OF_MINIMUM)) - 1], ratio_error)
             else:
                 half = max(math.log(_at_ms(launch, 90.0) / _low_ms(launch)) for launch in valid[label])
             centre = float(logs[label].min()) + ratio
@@ -86,6 +93,12 @@ def rank(measurements: Mapping[str, Measurement], percentile: float) -> dict[str
     return out
 
 
+def launches_each(plan: MeasurePlan, subjects: int) -> int:
+    """How many valid launches each of so many subjects gets in one screen: `plan.launches`, and up to `plan.max_launches` where the subjects are
+    so few that their spread would have less than eight degrees of freedom. By default 7 for one, 5 for two, 4 for three, 3 for more."""
+    return max(plan.launches, min(plan.max_launches, 1 + math.ceil(_DEGREES / subjects)))
+
+
 def screen(
     target: Target,
     subjects: Sequence[Subject],
@@ -95,81 +108,64 @@ def screen(
     seed: int,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
+    nonce: str = "",
 ) -> dict[str, Screened]:
-    """Screen-grade latencies of all subjects by label, under the profile's `measure.screen` plan.
+    """Screen-grade latencies of all subjects by label, under the profile's `measure.screen` plan. What one call gives was measured side by side.
 
     Each round runs one launch of every candidate that still lacks valid ones, in a seeded order that rotates from round to round. A candidate
-    gets `plan.launches` valid launches within at most `plan.max_launches` attempts. It is invalid, with the reason, when none was
-    valid; and all that were measured now are invalid when more than `plan.max_reject_share` of all launches were rejected. None is dropped.
+    gets `launches_each` valid launches within at most `plan.max_launches` attempts. It is invalid, with the reason, when none was
+    valid; and all are invalid when more than `plan.max_reject_share` of all launches were rejected. None is dropped.
 
-    With `cache_dir`, a valid measurement is stored under device fingerprint, runtime options, protocol and structure (`structure_hash`),
-    and served again if enough of its launches are valid under `limits`.
+    With `cache_dir`, the measurements of one call are stored in one file, under device fingerprint, runtime options, protocol and the hashes of
+    all artifacts. They are served again to a call with the same subjects if each still has `plan.launches` valid launches
+    under `limits`; never a part of them, since two latencies are compared only if they were taken together.
     """
-    plan = target.profile.measure.screen
     wanted = by_label(subjects)
-    if cache_dir is not None:
-        _settle(cache_dir / "screen")
-    paths: dict[str, Path] = {}
-    found: dict[str, Measurement] = {}
-    for label, subject in wanted.items():
-        if cache_dir is None:
-            continue
-        paths[label] = cache_path(cache_dir, "screen", target, plan.launch.digest(), structure_hash(subject.artifact.record))
-        stored = cached(paths[label], Measurement)
-        if stored is not None:
-            launches = tuple(msgspec.structs.replace(one, label=label) for one in stored.launches if not validity_reason(one, limits))
-            if len(launches) >= plan.launches:
-                found[label] = msgspec.structs.replace(stored, label=label, launches=launches)
-    fresh = {label: subject for label, subject in wanted.items() if label not in found}
-    if fresh:
-        found |= _measure(target, fresh, limits, seed, progress)
-    if cache_dir is not None:
-        good = {paths[label].name: found[label] for label in fresh if found[label].valid and len(found[label].launches) >= plan.launches}
-        _store(cache_dir / "screen", good)
-    return rank({label: found[label] for label in wanted}, percentile)
-
-
-class _Together(Record, tag="edgekd.screen_together/1", frozen=True, kw_only=True):
-    """Measurements that were taken together, by the names of their files in the cache."""
-
-    files: dict[str, Measurement]
-
-
-def _store(folder: Path, files: Mapping[str, Measurement]) -> None:
-    """Cache what was measured together, all or nothing: a process killed here neither measures a part again nor ranks a part alone."""
-    if files:
-        together = _Together(files=dict(files))
-        together.save(folder / f"{together.digest()[:40]}{_PENDING}")
-        _settle(folder)
-
-
-def _settle(folder: Path) -> None:
-    """File away what a process, this one or one that was killed, has measured."""
-    for pending in sorted(folder.glob(f"*{_PENDING}")):
-        together = cached(pending, _Together)
-        for name, measurement in together.files.items() if together is not None else ():
-            measurement.save(folder / name)
-        pending.unlink(missing_ok=True)
-
-
-def _measure(target: Target, fresh: Mapping[str, Subject], limits: Limits, seed: int, progress: Progress | None) -> dict[str, Measurement]:
     plan = target.profile.measure.screen
-    bench = Bench(target, fresh, plan.launch, limits, seed)
-    order = [list(fresh)[index] for index in np.random.default_rng([seed, 0x5C]).permutation(len(fresh))]
-    shift = max(1, len(order) // plan.launches)
+    hashes = {label: subject.artifact.record.content_hash() for label, subject in wanted.items()}
+    order = sorted(wanted, key=lambda label: hashes[label])
+    path = None if cache_dir is None else cache_path(cache_dir, "screen", target, plan.launch.digest(), *(hashes[label] for label in order))
+    stored = cached(path, _Together)
+    if stored is not None:
+        found = {label: _served(one, label, limits) for label, one in zip(order, stored.measurements, strict=True)}
+        if all(len(one.launches) >= plan.launches for one in found.values()):
+            return rank({label: found[label] for label in wanted}, percentile)
+    found = _measure(target, wanted, limits, seed, progress, nonce)
+    if path is not None and all(one.valid and len(one.launches) >= plan.launches for one in found.values()):
+        _Together(measurements=tuple(found[label] for label in order)).save(path)
+    return rank(found, percentile)
+
+
+class _Together(Record, tag="edgekd.screen_together/2", frozen=True, kw_only=True):
+    """Measurements that were taken together, in the order of their artifacts' hashes."""
+
+    measurements: tuple[Measurement, ...]
+
+
+def _served(stored: Measurement, label: str, limits: Limits) -> Measurement:
+    launches = tuple(msgspec.structs.replace(one, label=label) for one in stored.launches if not validity_reason(one, limits))
+    return msgspec.structs.replace(stored, label=label, launches=launches)
+
+
+def _measure(target: Target, wanted: Mapping[str, Subject], limits: Limits, seed: int, progress: Progress | None, nonce: str) -> dict[str, Measurement]:
+    plan = target.profile.measure.screen
+    each = launches_each(plan, len(wanted))
+    bench = Bench(target, wanted, plan.launch, limits, seed, nonce)
+    order = [list(wanted)[index] for index in np.random.default_rng([seed, 0x5C]).permutation(len(wanted))]
+    shift = max(1, len(order) // each)
     for turn in range(plan.max_launches):
         start = turn * shift % len(order)
-        schedule = [label for label in order[start:] + order[:start] if len(bench.valid[label]) < plan.launches]
+        schedule = [label for label in order[start:] + order[:start] if len(bench.valid[label]) < each]
         if not schedule:
             break
         bench.run(schedule)
         if progress is not None:
-            progress("screen", sum(min(plan.launches, len(one)) for one in bench.valid.values()), plan.launches * len(order))
+            progress("screen", sum(min(each, len(one)) for one in bench.valid.values()), each * len(order))
     rejected = [launch for launches in bench.rejected.values() for launch in launches]
     taken = sum(bench.taken(label) for label in order)
     busy = len(rejected) > plan.max_reject_share * taken
     out: dict[str, Measurement] = {}
-    for label in fresh:
+    for label in wanted:
         own = bench.rejected[label]
         reason = ""
         if not bench.valid[label]:

@@ -145,7 +145,7 @@ class Family:
 
     `where(**kwargs)` gives False for combinations to leave out. `init(student, teacher)` may copy weights from the teacher
     before training. Choices are lists of int, float, str or bool. A space of more than `max_candidates` members is
-    sampled by seed; `note()` says so.
+    sampled by seed, and `note` says so in the ledger.
 
     Raises:
         ConfigError: no choices, an empty or repeated choice, a value of another type, or a name that the factory does not take.
@@ -195,11 +195,13 @@ class Family:
         yield {name: values[0] for name, values in ordered.items()}
         yield {name: values[-1] for name, values in ordered.items()}
 
-    def _members(self, seed: int, limit: int) -> list[dict[str, Choice]]:
+    def _members(self, seed: int) -> tuple[list[dict[str, Choice]], bool]:
+        """The members that `candidates` gives, and whether they are a sample."""
+        limit = self.max_candidates
         if self.size <= _LISTED:
             members = [kwargs for kwargs in map(self._at, range(self.size)) if self._allowed(kwargs)]
             if len(members) <= limit:
-                return members
+                return members, False
             chosen = set(random.Random(seed).sample(range(len(members)), limit))
             kept = [kwargs for position, kwargs in enumerate(members) if position in chosen]
         else:
@@ -207,17 +209,17 @@ class Family:
             good = itertools.islice((index for index in tries if self._allowed(self._at(index))), limit)
             kept = [self._at(index) for index in sorted(good)]
         corners = [kwargs for kwargs in self._corners() if self._allowed(kwargs) and kwargs not in kept]
-        return corners + kept[: max(0, limit - len(corners))]
+        return corners + kept[: max(0, limit - len(corners))], True
 
-    def candidates(self, seed: int, limit: int | None = None) -> tuple[StudentSpec, ...]:
-        """Every member in the order of the choices, or a seeded sample of at most `limit` (default `max_candidates`).
+    def candidates(self, seed: int) -> tuple[StudentSpec, ...]:
+        """Every member in the order of the choices, or a seeded sample of at most `max_candidates`.
 
         A sample holds the smallest and the largest combination where they are allowed.
 
         Raises:
             ConfigError: `where` leaves nothing.
         """
-        members = self._members(seed, limit or self.max_candidates)
+        members, _ = self._members(seed)
         if not members:
             raise ConfigError("where= excludes every combination of the choices", found=f"{self.size} combinations", hint="relax where=, or widen the choices")
         origin = describe_factory(self.factory)
@@ -225,14 +227,10 @@ class Family:
             StudentSpec(kind=self.kind, factory=origin.name, factory_hash=origin.hash, rebuildable=origin.rebuildable, kwargs=kwargs) for kwargs in members
         )
 
-    def note(self, seed: int, limit: int | None = None) -> str:
-        """One line on what `candidates` gives: `36 candidates`, or `512 of 8100 combinations, sampled with seed 0`."""
-        count = len(self.candidates(seed, limit))
-        if count == self.size:
-            return f"{count} candidates"
-        if count < (limit or self.max_candidates):
-            return f"{count} of {self.size} combinations, the others excluded by where="
-        return f"{count} of {self.size} combinations, sampled with seed {seed}"
+    def note(self, seed: int) -> str:
+        """What `candidates` leaves out: `512 of 8100 combinations, sampled with seed 0: ...`; empty where it is nothing or only what `where` excludes."""
+        members, sampled = self._members(seed)
+        return "" if not sampled else f"{len(members)} of {self.size} combinations, sampled with seed {seed}: raise max_candidates to try more"
 
     def build(self, spec: StudentSpec, seed: int) -> torch.nn.Module:
         """The candidate with torch-seeded initial weights, in training mode.

@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("tests.contracts.tiny_models", "tests.pipeline.bundle_kit", "tests.pipeline.pipeline_kit")
+pytest.register_assert_rewrite("tests.contracts.tiny_models", "tests.core.fake_device", "tests.pipeline.bundle_kit", "tests.pipeline.pipeline_kit")

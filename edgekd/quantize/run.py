@@ -161,7 +161,7 @@ class _Run:
         if chosen is None:
             chosen = best[order[0]]
             if faster:
-                chosen, latency_ms = self.restore(chosen, latency_ms)
+                chosen, float_ms, latency_ms = self.restore(source, chosen, float_ms, latency_ms)
         return QuantizeResult(chosen.artifact, chosen.recipe, self.scores(chosen), tuple(self.tried), tuple(self.notes), float_ms, latency_ms)
 
     def best_method(self, scheme: str, latency_ms: float) -> Made:
@@ -176,8 +176,8 @@ class _Run:
             raise ConversionRejected("no calibration method was asked for", allowed="minmax, percentile, entropy", hint="set quantize.methods")
         return best
 
-    def restore(self, start: Made, latency_ms: float) -> tuple[Made, float]:
-        """The start with as few operators in float as bring the drop within the allowance, and its latency."""
+    def restore(self, source: StoredArtifact, start: Made, float_ms: float, latency_ms: float) -> tuple[Made, float, float]:
+        """The start with as few operators in float as bring the drop within the allowance, and the latencies of source and result from one screen."""
         scheme, method = start.recipe.scheme, start.recipe.calibration.method
         total = len(next(iter(self.inputs.values())))
         picks = np.sort(np.random.default_rng(self.seed).choice(total, size=min(total, self.options.sensitivity_samples), replace=False))
@@ -195,16 +195,16 @@ class _Run:
             made = self.workshop.make(scheme, method, kept)
             self.note_try(made, None, f"{kept[-1]} back in float: drop {self.drop(made):.4g}, allowed {self.allowed_drop:.4g}")
         if not kept:
-            return start, latency_ms
+            return start, float_ms, latency_ms
         if self.drop(self.workshop.make(scheme, method, kept)) <= self.allowed_drop:
             kept = self.thinned(scheme, method, kept)
         made = self.workshop.make(scheme, method, kept)
         if self.scores(made).mean() < self.scores(start).mean():
             self.notes.append("operators in float did not raise the accuracy: all stay int8")
-            return start, latency_ms
-        mixed_ms = self.time_ms({"mixed": made.artifact})["mixed"]
-        self.note_try(made, mixed_ms, f"in float: {', '.join(made.recipe.float_ops)}")
-        return made, mixed_ms
+            return start, float_ms, latency_ms
+        times = self.time_ms({"float": source, "mixed": made.artifact})
+        self.note_try(made, times["mixed"], f"in float: {', '.join(made.recipe.float_ops)}")
+        return made, times["float"], times["mixed"]
 
     def thinned(self, scheme: str, method: str, kept: Sequence[str]) -> list[str]:
         """`kept` without those that are not needed to stay within the allowance; the last one added is."""

@@ -52,7 +52,7 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
     _save(folder / "teacher_validation", outputs)
     _save(folder / "teacher_test", checked_outputs(context, context.test, what="test"))
     sample = context.train.all(256)
-    context.task.check(context.teacher.outputs(sample.inputs), sample.targets)
+    context.task.check(context.teacher.outputs(sample.inputs), sample.targets, "train")
     teacher_scores = context.task.scores(outputs, validation.targets)
     check_teacher(context, teacher_scores, validation.targets)
     points: list[Point] = []
@@ -149,13 +149,22 @@ def _quantized_teacher(
     device = context.device_outputs(exported, validation.inputs)
     options = msgspec.structs.replace(context.options.quantize, methods=("minmax",))
     try:
-        result = to_int8(context, exported, scratch / "teacher-int8", validation=validation, reference=device, options=options, allowed_drop=float("inf"))
+        made = to_int8(
+            context,
+            exported,
+            scratch / "teacher-int8",
+            label="teacher",
+            validation=validation,
+            reference=device,
+            options=options,
+            allowed_drop=float("inf"),
+        )
     except Rejected as error:
         rows.append(row(context, "baseline", "quantize the teacher alone", "skipped", str(error), before=score(screened, exported, None)))
         return None, False
-    kept = result.artifact.copy_to(folder / "teacher-int8")
-    seen = context.screen({"teacher int8": kept})["teacher int8"]
-    scores = np.asarray(result.scores)
+    seen = made.after
+    kept = made.result.artifact.copy_to(folder / "teacher-int8")
+    scores = np.asarray(made.result.scores)
     teacher_scores = context.task.scores(device, validation.targets)
     place = standing(kept, seen, scores, teacher_scores, context.budget, limit_ms, student="teacher")
     points.append(point(seen, precision=Precision.INT8, role="teacher", accuracy=float(scores.mean())))
@@ -174,7 +183,7 @@ def _quantized_teacher(
             "quantize the teacher alone",
             "noted" if hop.passed else "rolled back",
             reason if hop.passed else _diverges(hop, "it does not compete"),
-            before=score(screened, exported, teacher_scores),
+            before=score(made.before, exported, teacher_scores),
             after=score(seen, kept, scores),
         )
     )

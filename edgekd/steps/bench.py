@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import CalibrationSet, ConvertRequest
+from edgekd.contracts import ConvertRequest
 from edgekd.errors import Rejected, UnsupportedModel
 from edgekd.measure import Screened
+from edgekd.quantize.calibrate import calibration_set
 from edgekd.quantize.recipes import candidate_schemes, make_recipe
 from edgekd.records import Artifact, Precision, Record, StudentSpec
 from edgekd.registry import load
 from edgekd.search import Candidate, Seen, describe_candidates
-from edgekd.steps.context import Context, inputs_hash
+from edgekd.steps.context import Context
 from edgekd.storage import folder_atomic
 
 _TIMING_SAMPLES = 4
@@ -31,6 +32,7 @@ class _Answers(Record, tag="edgekd.search_answers/1", frozen=True, kw_only=True)
 
     labels: tuple[str, ...]
     seen: dict[str, Seen]
+    float_only: dict[str, str] = {}
 
 
 def short_name(spec: StudentSpec) -> str:
@@ -45,6 +47,8 @@ class CandidateBench:
         self.context = context
         self.scratch = scratch
         self.unbuildable: dict[str, str] = {}
+        self.float_only: dict[str, str] = {}
+        """Candidates that compete in float alone, each with the reason why its int8 could not be made."""
         self._calls = 0
         self._measured: set[str] = set()
         self._preflight_done = False
@@ -64,26 +68,25 @@ class CandidateBench:
             answers = _Answers.load(path)
             if answers.labels == labels:
                 self._measured.update(labels)
+                self.float_only |= answers.float_only
                 return answers.seen
         seen = self._measure(batch)
         self._measured.update(labels)
-        _Answers(labels=labels, seen=seen).save(path)
+        _Answers(labels=labels, seen=seen, float_only={label: self.float_only[label] for label in labels if label in self.float_only}).save(path)
         return seen
 
     def _measure(self, batch: Sequence[Candidate]) -> dict[str, Seen]:
         seen: dict[str, Seen] = {}
-        first: dict[str, StoredArtifact] = {}
-        again: dict[str, StoredArtifact] = {}
+        models: dict[str, StoredArtifact] = {}
         for candidate in batch:
             try:
                 made = self._artifacts(candidate.spec)
             except Rejected as error:
                 seen[candidate.label] = Seen(valid=False, rejected=str(error))
                 continue
-            group = again if candidate.label in self._measured else first
-            group.update({f"{candidate.label} {precision.value}": model for precision, model in made.items()})
-        screened = self.context.screen(first) if first else {}
-        screened |= self.context.screen(again, fresh=self._calls) if again else {}
+            models |= {f"{candidate.label} {precision.value}": model for precision, model in made.items()}
+        again = any(candidate.label in self._measured for candidate in batch)
+        screened = self.context.screen(models, fresh=self._calls if again else 0) if models else {}
         for candidate in batch:
             mine = {
                 precision: screened[f"{candidate.label} {precision.value}"] for precision in Precision if f"{candidate.label} {precision.value}" in screened
@@ -106,8 +109,13 @@ class CandidateBench:
                 )
             self._preflight_done = True
         out = {Precision.FP32: model} if self.context.wants(Precision.FP32) else {}
-        if self.context.wants(Precision.INT8):
-            out[Precision.INT8] = self._kept(f"{name}-int8", lambda place: self._quantized(model, place))
+        if self.context.wants(Precision.INT8) and spec.label() not in self.float_only:
+            try:
+                out[Precision.INT8] = self._kept(f"{name}-int8", lambda place: self._quantized(model, place))
+            except Rejected as error:
+                if not out:
+                    raise
+                self.float_only[spec.label()] = f"int8 could not be made: {error}"
         return out
 
     def _kept(self, name: str, make: Callable[[Path], StoredArtifact]) -> StoredArtifact:
@@ -119,7 +127,7 @@ class CandidateBench:
 
     def _quantized(self, source: StoredArtifact, place: Path) -> StoredArtifact:
         inputs = self.context.validation.all(_TIMING_SAMPLES).inputs
-        calibration = CalibrationSet(inputs=inputs, split="validation (timing only)", data_hash=inputs_hash(inputs))
+        calibration = calibration_set(inputs, split="validation (timing only)")
         recipe = make_recipe(candidate_schemes(self.context.target.capabilities)[0], "minmax", calibration)
         request = ConvertRequest(
             source=source,
@@ -129,6 +137,7 @@ class CandidateBench:
             recipe=recipe,
             calibration=calibration,
             infer=self.context.target.runtime.infer,
+            options={"memory_mb": self.context.options.quantize.memory_mb},
         )
         model: StoredArtifact = load("converters", "qdq-from-onnx")().convert(request)
         return model

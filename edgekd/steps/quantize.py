@@ -8,6 +8,7 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.errors import Rejected
+from edgekd.measure import Screened
 from edgekd.objective import prefer
 from edgekd.quantize.run import QuantizeResult
 from edgekd.records import Artifact, HopParity, LedgerRow, Point, Precision, QuantRecipe, Record
@@ -31,30 +32,33 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
     """Quantize the float artifact, and keep the result only if the objective prefers it."""
     validation = context.validation.all()
     reference = context.device_outputs(source, validation.inputs)
-    context.task.check(reference, validation.targets)
+    context.task.check(reference, validation.targets, "validation")
     scores = context.task.scores(reference, validation.targets)
-    screened = context.screen({"student": source})["student"]
-    before = score(screened, source, scores)
-    float_standing = standing(source, screened, scores, teacher_scores, context.budget, baseline.limit_ms)
-    float_point = point(screened, precision=Precision.FP32, role="student", accuracy=float(scores.mean()))
 
-    def stay(decision: str, reason: str, *more: LedgerRow, points: tuple[Point, ...] = (), parity: tuple[HopParity, ...] = ()) -> QuantizeOut:
+    def float_point(seen: Screened) -> Point:
+        return point(seen, precision=Precision.FP32, role="student", accuracy=float(scores.mean()))
+
+    def stay(
+        decision: str, reason: str, *more: LedgerRow, seen: Screened | None = None, points: tuple[Point, ...] = (), parity: tuple[HopParity, ...] = ()
+    ) -> QuantizeOut:
+        seen = seen or context.screen({"student": source})["student"]
         kept = source.copy_to(folder / "chosen")
         return QuantizeOut(
             artifact=kept.record,
             recipe=None,
-            points=(float_point, *points),
+            points=(float_point(seen), *points),
             parity=parity,
-            rows=(*more, row(context, "quantize", "int8", decision, reason, before=before)),
+            rows=(*more, row(context, "quantize", "int8", decision, reason, before=score(seen, source, scores))),
         )
 
     if not context.wants(Precision.INT8):
         return stay("skipped", "int8 is not among the precisions of the target profile")
     try:
-        result = to_int8(
+        made = to_int8(
             context,
             source,
             scratch / "int8",
+            label="student",
             validation=validation,
             reference=reference,
             options=context.options.quantize,
@@ -64,26 +68,28 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
         if not context.wants(Precision.FP32):
             raise
         return stay("rolled back", str(error))
+    result, seen = made.result, made.after
     tried = tuple(_tried_rows(context, result))
-    seen = context.screen({"student int8": result.artifact})["student int8"]
     int8_scores = np.asarray(result.scores)
     after = standing(result.artifact, seen, int8_scores, teacher_scores, context.budget, baseline.limit_ms)
     int8_point = point(seen, precision=Precision.INT8, role="student", accuracy=float(int8_scores.mean()))
-    choice = prefer(float_standing, after, binary=context.task.binary)
+    choice = prefer(standing(source, made.before, scores, teacher_scores, context.budget, baseline.limit_ms), after, binary=context.task.binary)
     if context.wants(Precision.FP32) and not choice.after_preferred:
-        return stay("rolled back", choice.reason, *tried, points=(int8_point,))
+        return stay("rolled back", choice.reason, *tried, seen=made.before, points=(int8_point,))
     samples = context.options.parity_samples
     part = {name: value[:samples] for name, value in reference.items()}
     device = context.device_outputs(result.artifact, {name: value[:samples] for name, value in validation.inputs.items()})
     parity = context.hop("onnx -> int8", part, device, Precision.INT8)
     if not parity.passed and context.wants(Precision.FP32):
-        return stay("rolled back", f"parity fails at the hop onnx -> int8: {parity.first_bad}", *tried, points=(int8_point,), parity=(parity,))
+        return stay(
+            "rolled back", f"parity fails at the hop onnx -> int8: {parity.first_bad}", *tried, seen=made.before, points=(int8_point,), parity=(parity,)
+        )
     kept = result.artifact.copy_to(folder / "chosen")
     reason = choice.reason if parity.passed else f"{choice.reason}; parity fails ({parity.first_bad}) but the profile allows int8 only"
     return QuantizeOut(
         artifact=kept.record,
         recipe=result.recipe,
-        points=(float_point, int8_point),
+        points=(float_point(made.before), int8_point),
         parity=(parity,),
         rows=(
             *tried,
@@ -93,7 +99,7 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
                 "int8",
                 "kept",
                 reason,
-                before=before,
+                before=score(made.before, source, scores),
                 after=score(seen, kept, int8_scores),
                 details={"scheme": result.recipe.scheme, "calibration": result.recipe.calibration.method},
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,16 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import CalibrationSet, Tensors
 from edgekd.data import Batch
 from edgekd.errors import DataError
+from edgekd.keys import item_digests
+from edgekd.measure import Screened
 from edgekd.options import QuantizeOptions
-from edgekd.quantize.calibrate import sample_hashes
+from edgekd.quantize.calibrate import calibration_set
 from edgekd.quantize.run import QuantizeResult, quantize
 from edgekd.registry import load
-from edgekd.steps.context import Context, inputs_hash
+from edgekd.steps.context import Context
 
 
-def calibration_set(context: Context, size: int) -> CalibrationSet:
+def choose_calibration(context: Context, size: int) -> CalibrationSet:
     """A seeded sample of plain training items; the few that are in the test split as well are left out.
 
     Raises:
@@ -29,12 +32,20 @@ def calibration_set(context: Context, size: int) -> CalibrationSet:
         batch = context.train.batch(picks)
     else:
         batch = context.train.all(size)
-    tested = set(sample_hashes(context.test.all().inputs))
-    keep = np.array([digest not in tested for digest in sample_hashes(batch.inputs)])
+    keep = ~np.isin(item_digests(batch.inputs), item_digests(context.test.all().inputs))
     if not keep.any():
         raise DataError("every calibration input is also in the test split", found=f"{len(keep)} items", hint="split the data anew", subject=context.train.name)
     inputs = {name: value[keep] for name, value in batch.inputs.items()}
-    return CalibrationSet(inputs=inputs, split=context.train.name, data_hash=inputs_hash(inputs), indices=tuple(int(index) for index in batch.indices[keep]))
+    return calibration_set(inputs, split=context.train.name, indices=batch.indices[keep].tolist())
+
+
+@dataclass(frozen=True)
+class Int8:
+    """The best int8 form of an artifact; `before` is the source and `after` the int8, measured in one screen."""
+
+    result: QuantizeResult
+    before: Screened
+    after: Screened
 
 
 def to_int8(
@@ -42,24 +53,28 @@ def to_int8(
     source: StoredArtifact,
     folder: Path,
     *,
+    label: str,
     validation: Batch,
     reference: Tensors,
     options: QuantizeOptions,
     allowed_drop: float,
-) -> QuantizeResult:
-    """The best int8 form of `source` for this target, and everything that was tried.
+) -> Int8:
+    """The best int8 form of `source` for this target, everything that was tried, and both latencies under `label` and `label int8`.
 
     `reference` is the source's own output on the validation items: what a drop is counted from.
     """
 
     def time_ms(models: dict[str, StoredArtifact]) -> dict[str, float]:
-        return {label: screened.latency_ms for label, screened in context.screen(models).items()}
+        seen = context.screen(models)
+        timed.append({models[name].record.content_hash(): one for name, one in seen.items()})
+        return {name: one.latency_ms for name, one in seen.items()}
 
-    return quantize(
+    timed: list[dict[str, Screened]] = []
+    result = quantize(
         source,
         target=context.target,
         converter=load("converters", "qdq-from-onnx")(),
-        calibration=calibration_set(context, options.calibration_size),
+        calibration=choose_calibration(context, options.calibration_size),
         validation_inputs=validation.inputs,
         validation_targets=validation.targets,
         task=context.task,
@@ -70,3 +85,10 @@ def to_int8(
         folder=folder,
         seed=context.seed,
     )
+    names = {source.record.content_hash(): label, result.artifact.record.content_hash(): f"{label} int8"}
+    together = [seen for seen in timed if names.keys() <= seen.keys()]
+    if together:
+        before, after = (replace(together[-1][key], label=name) for key, name in names.items())
+    else:
+        before, after = context.screen({label: source, f"{label} int8": result.artifact}).values()
+    return Int8(result, before, after)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from edgekd.errors import ConfigError, ModelError
 from edgekd.records import LedgerRow, Point, Record, StudentSpec
 from edgekd.search import Candidate, SearchOutcome, pick_finalists, rank_by_training, search
+from edgekd.spaces import Family
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.bench import CandidateBench, short_name
 from edgekd.steps.context import Context, row
@@ -18,7 +19,8 @@ from edgekd.steps.training import train_student
 
 class SearchOut(Record, tag="edgekd.stage_search/1", frozen=True, kw_only=True):
     """`order` lists the students to try, best first; empty when nothing fits, then `certificate` says why, and `proven` whether the
-    measurements show that nothing can fit, or only that nothing surely does."""
+    measurements show that nothing can fit, or only that nothing surely does. It is also empty when every student that fits stopped in
+    its short training: `stopped` then maps each to its reason."""
 
     order: tuple[StudentSpec, ...]
     points: tuple[Point, ...]
@@ -26,6 +28,7 @@ class SearchOut(Record, tag="edgekd.stage_search/1", frozen=True, kw_only=True):
     predictor_error: float | None
     certificate: str
     proven: bool = False
+    stopped: dict[str, str] = {}
     rows: tuple[LedgerRow, ...]
 
 
@@ -64,6 +67,9 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
         "rejected": len(rejected),
     }
     rows = [row(context, "search", "candidates", "noted", outcome.summary(), details=dict(counts))]
+    if isinstance(context.space, Family) and (note := context.space.note(context.seed)):
+        rows.append(row(context, "search", "space", "noted", note))
+    rows.extend(row(context, "search", label, "noted", reason) for label, reason in sorted(bench.float_only.items()))
     rows.extend(row(context, "search", label, "rolled back", reason) for label, reason in sorted(rejected.items()))
     context.note("search", outcome.summary())
     if outcome.certificate is not None:
@@ -78,8 +84,16 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
             proven=outcome.certificate.proven,
             rows=tuple(rows),
         )
-    order = _ranked(context, scratch, outcome, rows)
-    return SearchOut(order=order, points=outcome.points, counts=counts, predictor_error=outcome.predictor_error, certificate="", rows=tuple(rows))
+    order, stopped = _ranked(context, scratch, outcome, rows)
+    return SearchOut(
+        order=order,
+        points=outcome.points,
+        counts=counts,
+        predictor_error=outcome.predictor_error,
+        certificate="",
+        stopped={} if order else stopped,
+        rows=tuple(rows),
+    )
 
 
 def _nothing_runs(rejected: dict[str, str]) -> ModelError:
@@ -87,8 +101,8 @@ def _nothing_runs(rejected: dict[str, str]) -> ModelError:
     return ModelError("no candidate of the space can be built and run on the target", found=shown, hint="fix the factory, or choose another space")
 
 
-def _ranked(context: Context, scratch: Path, outcome: SearchOutcome, rows: list[LedgerRow]) -> tuple[StudentSpec, ...]:
-    """Finalists by short trainings, then the other feasible candidates as they were ranked by size."""
+def _ranked(context: Context, scratch: Path, outcome: SearchOutcome, rows: list[LedgerRow]) -> tuple[tuple[StudentSpec, ...], dict[str, str]]:
+    """Finalists by short trainings, then the other feasible candidates as they were ranked by size; and why trainings stopped, by label."""
     finalists = pick_finalists(outcome, context.options.search.finalists)
     validation = context.validation.all()
 
@@ -108,4 +122,4 @@ def _ranked(context: Context, scratch: Path, outcome: SearchOutcome, rows: list[
     by_label = {candidate.label: candidate.spec for candidate in outcome.feasible}
     trained = [by_label[label] for label in halving.order]
     rest = [candidate.spec for candidate in outcome.feasible if candidate.label not in halving.order and candidate.label not in halving.rejected]
-    return (*trained, *rest)
+    return (*trained, *rest), dict(halving.rejected)

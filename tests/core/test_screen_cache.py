@@ -1,55 +1,78 @@
-"""Measurements that were screened together are cached together: what a process that stopped half way left is completed, not measured again."""
+"""Screens from the cache: what was measured together is served together, or not at all."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import msgspec
 import pytest
 
-from edgekd.artifact import StoredArtifact, store_artifact
-from edgekd.errors import StorageError
+from edgekd.artifact import StoredArtifact
 from edgekd.measure import Screened, Subject, screen
-from edgekd.records import Format, IOSpec, Limits, Precision, TensorSpec
-from edgekd.target import connect
+from edgekd.records import Fingerprint, Limits
+from tests.core.fake_device import LIMITS, fake, steady
 
 
-def scaling(folder: Path, factor: float) -> StoredArtifact:
-    """The smallest of models: x times a factor."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
+def test_screen_is_served_whole_or_measured_whole(subjects: Callable[..., list[Subject]], tmp_path: Path) -> None:
+    """The device takes half as long again from one call to the next: only latencies of one call have the right ratio."""
+    cache, calls = tmp_path / "cache", 0
 
-    shape = (1, 8)
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
-    constant = numpy_helper.from_array(np.asarray(factor, dtype=np.float32), "factor")
-    graph = helper.make_graph([helper.make_node("Mul", ["x", "factor"], ["y"], name="mul")], "net", values[:1], values[1:], [constant])
-    folder.mkdir()
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    onnx.checker.check_model(model)
-    x, y = (TensorSpec(name=name, dtype="float32", shape=shape) for name in ("x", "y"))
-    return store_artifact(folder, "model.onnx", format=Format.ONNX, precision=Precision.FP32, iospec=IOSpec(inputs=(x,), outputs=(y,)), opset=20, producers={})
+    def taken(*labels: str, limits: Limits = LIMITS, machine: str = "fake") -> tuple[dict[str, Screened], list[str]]:
+        nonlocal calls
+        target = fake(steady({"a": 1.5**calls, "b": 2.0 * 1.5**calls, "c": 3.0 * 1.5**calls}))
+        target.fingerprint = Fingerprint(fields={"machine": machine})
+        calls += 1
+        return screen(target, subjects(*labels), percentile=50, limits=limits, seed=0, cache_dir=cache), target.device.flat
+
+    taken("a")
+    pair, run = taken("a", "b")
+    assert set(run) == {"a", "b"}
+    assert pair["b"].latency_ms / pair["a"].latency_ms == pytest.approx(2.0, rel=0.05)
+    three, run = taken("a", "b", "c")
+    assert set(run) == {"a", "b", "c"}
+    assert three["c"].latency_ms / three["a"].latency_ms == pytest.approx(3.0, rel=0.05)
+    again, run = taken("b", "a")
+    assert run == []
+    assert (again["a"].measurement, again["b"].measurement) == (pair["a"].measurement, pair["b"].measurement)
+    assert list(again) == ["b", "a"]
+    assert set(taken("b", "a", machine="another")[1]) == {"a", "b"}
+    assert set(taken("a", limits=msgspec.structs.replace(LIMITS, cpu_share_min=0.999))[1]) == {"a"}
 
 
-def screened(models: list[StoredArtifact], cache: Path) -> dict[str, Screened]:
-    subjects = [Subject(f"net {position}", model, {"x": np.ones((2, 8), dtype=np.float32)}) for position, model in enumerate(models)]
-    with connect("null") as live:
-        return screen(live, subjects, percentile=50.0, limits=Limits(), seed=3, cache_dir=cache)
+def test_screen_cache_follows_every_byte_whatever_the_metadata_say(subjects: Callable[..., list[Subject]], tmp_path: Path) -> None:
+    ms = {"seed0": 1.0, "seed1": 1.0, "again": 1.0}
+    cache = tmp_path / "cache"
+
+    def alike(label: str) -> Subject:
+        (one,) = subjects(label)
+        record = msgspec.structs.replace(one.artifact.record, metadata={"structure": "one net"})
+        return Subject(label, StoredArtifact(record, one.artifact.folder), one.inputs)
+
+    first = alike("seed0")
+    screen(fake(steady(ms)), [first], percentile=50, limits=LIMITS, seed=0, cache_dir=cache)
+    other = fake(steady(ms))
+    screen(other, [alike("seed1")], percentile=50, limits=LIMITS, seed=0, cache_dir=cache)
+    assert other.device.jobs, "the same net with other weights may take another time"
+    same = fake(steady(ms))
+    got = screen(same, [Subject("again", first.artifact, first.inputs)], percentile=50, limits=LIMITS, seed=0, cache_dir=cache)
+    assert same.device.jobs == []
+    assert {launch.label for launch in got["again"].measurement.launches} == {"again"}
 
 
-def test_screen_that_stopped_between_two_files_is_completed_and_not_taken_again(tmp_path: Path) -> None:
-    models = [scaling(tmp_path / f"model-{position}", 1.0 + position) for position in range(3)]
-    whole = screened(models, tmp_path / "whole")
-    files = sorted(path.name for path in (tmp_path / "whole" / "screen").iterdir())
-    assert len(files) == 3
-    for stopped in files:
-        cache = tmp_path / f"cut-{stopped}"
-        (cache / "screen" / stopped).mkdir(parents=True)  # nothing can be written there
-        with pytest.raises(StorageError):
-            screened(models, cache)
-        (cache / "screen" / stopped).rmdir()
-        again = screened(models, cache)
-        assert sorted(path.name for path in (cache / "screen").iterdir()) == files
-        for label, one in whole.items():
-            assert again[label].measurement.launches == one.measurement.launches
-            assert (again[label].latency_ms, again[label].lower_ms, again[label].upper_ms) == (one.latency_ms, one.lower_ms, one.upper_ms)
+def test_screen_measures_anew_when_a_cache_file_is_unreadable(subjects: Callable[..., list[Subject]], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    screen(fake(steady({"a": 1.0})), subjects("a"), percentile=50, limits=LIMITS, seed=0, cache_dir=cache)
+    (path,) = (cache / "screen").iterdir()
+    path.write_bytes(path.read_bytes()[:-20])
+    target = fake(steady({"a": 1.0}))
+    screen(target, subjects("a"), percentile=50, limits=LIMITS, seed=0, cache_dir=cache)
+    assert target.device.jobs
+    again = fake(steady({"a": 1.0}))
+    screen(again, subjects("a"), percentile=50, limits=LIMITS, seed=0, cache_dir=cache)
+    assert again.device.jobs == []
+
+
+def test_screen_does_not_store_an_invalid_measurement(subjects: Callable[..., list[Subject]], tmp_path: Path) -> None:
+    clean = steady({"a": 1.0})
+    target = fake(lambda label, index, rng: dict(clean(label, index, rng)) | {"cpu_share": 0.1})
+    screen(target, subjects("a"), percentile=50, limits=LIMITS, seed=0, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache" / "screen").exists()

@@ -61,13 +61,13 @@ def test_family_lists_the_product_in_the_order_of_the_choices() -> None:
         {"width": 8, "depth": 2},
     ]
     assert isinstance(space, StudentSpace)
-    assert space.note(0) == "4 candidates"
+    assert space.note(0) == ""
 
 
 def test_family_leaves_out_what_where_excludes() -> None:
     space = Family(make_net, where=lambda width, depth: width * depth <= 16, width=[8, 16], depth=[1, 2])
     assert [spec.label() for spec in space.candidates(0)] == ["depth=1 width=8", "depth=2 width=8", "depth=1 width=16"]
-    assert "where=" in space.note(0)
+    assert space.note(0) == ""
 
 
 @pytest.mark.parametrize("widths", [range(1, 41), range(1, 3001)])
@@ -80,7 +80,6 @@ def test_family_samples_by_seed_and_says_so_when_it_is_large(widths: range) -> N
     assert {"width": 1, "depth": 1} in [spec.kwargs for spec in first]
     assert {"width": widths[-1], "depth": 100} in [spec.kwargs for spec in first]
     assert "sampled with seed 1" in space.note(1)
-    assert len(space.candidates(1, limit=7)) == 7
 
 
 def test_build_is_seeded_and_leaves_the_callers_random_state_alone() -> None:

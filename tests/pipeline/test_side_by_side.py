@@ -1,0 +1,81 @@
+"""Latencies that are compared were measured together; and a candidate without an int8 form competes in float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edgekd.records import Budget, LedgerRow, Outcome
+from edgekd.result import Result
+from tests.pipeline import pipeline_kit as kit
+from tests.pipeline.plugin_kit import install_runtimes
+
+pytestmark = pytest.mark.torch
+
+PLUGIN = '''
+from edgekd.errors import UnsupportedModel
+
+
+class Tides(Null):
+    """Half as slow again in every other measurement, whatever is measured."""
+
+    turns = 0
+
+    def benchmark(self, request):
+        self.turns += request.first_index == 0
+        factor = 1.5 if self.turns % 2 else 1.0
+        return tuple(replace(launch, samples_ns=tuple(int(factor * value) for value in launch.samples_ns)) for launch in super().benchmark(request))
+
+
+class Closed(Null):
+    """Runs models, but does not give the tensors inside them, and says so only when asked."""
+
+    def infer(self, model, inputs, taps=()):
+        if taps:
+            raise UnsupportedModel("this device keeps the inner tensors to itself")
+        return super().infer(model, inputs, taps)
+'''
+
+
+def ratio(row: LedgerRow) -> float:
+    before, after = (None if score is None else score.latency_ms for score in (row.before, row.after))
+    assert before is not None
+    assert after is not None
+    return after / before
+
+
+def test_ledger_compares_latencies_of_one_screen_when_the_device_drifts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_runtimes(tmp_path / "plugin", monkeypatch, PLUGIN, {"tides": "Tides"})
+
+    def run(name: str, *overrides: str) -> Result:
+        return kit.run(
+            "classification", tmp_path / name, overrides=overrides, student=kit.fixed("classification"), budget=Budget(latency_share=0.95, max_drop=0.5)
+        )
+
+    still, tides = run("still"), run("tides", "runtime.kind=tides")
+    for stage, step in (("baseline", "quantize the teacher alone"), ("quantize", "int8"), ("validate", " against ")):
+        expected, found = (ratio(kit.rows_of(result, stage, step)[-1]) for result in (still, tides))
+        assert found == pytest.approx(expected, rel=0.1), (stage, step)
+
+
+def test_candidates_compete_in_float_when_their_int8_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_runtimes(tmp_path / "plugin", monkeypatch, PLUGIN, {"closed": "Closed"})
+    options = msgspec.structs.replace(kit.OPTIONS, search=msgspec.structs.replace(kit.OPTIONS.search, finalists=1))
+    result = kit.run("classification", tmp_path / "run", overrides=["runtime.kind=closed"], options=options, budget=Budget(latency_share=0.9, max_drop=0.9))
+    assert result.verdict.outcome is Outcome.PASS
+    noted = [row for row in kit.rows_of(result, "search") if "int8 could not be made" in row.reason]
+    assert {row.step for row in noted} == {"width=4", "width=8", "width=16"}
+    assert all(row.decision == "noted" and "keeps the inner tensors" in row.reason for row in noted)
+    assert {point.precision for point in result.points} == {"fp32"}
+
+
+def test_ledger_says_that_a_large_family_was_sampled(tmp_path: Path) -> None:
+    from edgekd.spaces import Family
+
+    student = Family(kit.classifier, max_candidates=2, width=[4, 8, 16])
+    options = msgspec.structs.replace(kit.OPTIONS, search=msgspec.structs.replace(kit.OPTIONS.search, finalists=1))
+    result = kit.run("classification", tmp_path / "run", student=student, options=options, budget=Budget(latency_share=0.9, max_drop=0.9))
+    (row,) = kit.rows_of(result, "search", "space")
+    assert row.reason.startswith("2 of 3 combinations, sampled with seed 0")
