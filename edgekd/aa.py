@@ -71,12 +71,12 @@ def _pairs(launches: Sequence[Launch], valid: set[int]) -> np.ndarray[tuple[int]
     return np.asarray(out, dtype=np.float64)
 
 
-def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: int, progress: Progress | None = None) -> AaRun:
+def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: int, progress: Progress | None = None, nonce: str = "") -> AaRun:
     """The A/A run of this device: taken now under the screen's protocol, or the one stored in `cache_dir`.
 
     It is stored under the device's fingerprint, the runtime's options, the protocol and the profile's limits. A run is `contended` if fewer
     than three quarters of its launches are inside the profile's limits, or if the two labels differ from pair to pair by a standard deviation above
-    10 %: it gives the profile's limits, and it is not stored, so that the next command calibrates again.
+    10 %: it gives the profile's limits, and it is not stored, so that the next command calibrates again. `nonce`: see `measure_verdict`.
     """
     ceiling = target.profile.measure.limits
     protocol = target.profile.measure.screen.launch
@@ -85,7 +85,7 @@ def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: in
     if stored is not None:
         return stored
     subjects = {label: Subject(label, subject.artifact, subject.inputs) for label in _LABELS}
-    bench = Bench(target, subjects, protocol, ceiling, seed)
+    bench = Bench(target, subjects, protocol, ceiling, seed, nonce)
     rng = np.random.default_rng([seed, 0xAA])
     launches: list[Launch] = []
     for block in range(BLOCKS):
@@ -124,6 +124,6 @@ def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: in
     return record
 
 
-def calibrate_limits(target: Target, subject: Subject, *, cache_dir: Path | None, seed: int, progress: Progress | None = None) -> Limits:
+def calibrate_limits(target: Target, subject: Subject, *, cache_dir: Path | None, seed: int, progress: Progress | None = None, nonce: str = "") -> Limits:
     """The limits of validity on this device, with the sentinel's calibration in `sentinel_ns`; never wider than the profile's. See `aa_run`."""
-    return aa_run(target, subject, cache_dir=cache_dir, seed=seed, progress=progress).limits
+    return aa_run(target, subject, cache_dir=cache_dir, seed=seed, progress=progress, nonce=nonce).limits

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.contracts import Array, Target
-from edgekd.errors import DataError, InputError, UnsupportedModel
+from edgekd.errors import InputError, UnsupportedModel
+from edgekd.launching import new_nonce
 from edgekd.measure import Subject, calibrate_limits, measure_verdict, screen
+from edgekd.npy import load_inputs
 from edgekd.onnx_io import import_onnx
-from edgekd.records import Capabilities, IOSpec, Measurement, OpTime, TensorSpec
+from edgekd.records import Capabilities, IOSpec, Measurement, OpTime
 from edgekd.stats import percentile_of
-from edgekd.tree import first_line
 
 
 @dataclass(frozen=True)
@@ -26,58 +27,6 @@ class BenchResult:
     op_times: tuple[OpTime, ...]
     iospec: IOSpec
     capabilities: Capabilities
-
-
-def load_inputs(folder: Path, iospec: IOSpec) -> dict[str, Array]:
-    """The arrays `NAME.npy` of a folder, one per input of the model, `(samples, ...)`; `inputs.npy` serves a model with one input.
-
-    Raises:
-        DataError: the folder or a file is missing, a file holds other shapes, or is not finite.
-    """
-    if not folder.is_dir():
-        raise DataError("the folder with the inputs does not exist", found=str(folder), hint="check the path", subject=folder)
-    out: dict[str, Array] = {}
-    for spec in iospec.inputs:
-        path = folder / f"{spec.name}.npy"
-        if not path.is_file() and len(iospec.inputs) == 1:
-            path = folder / "inputs.npy"
-        if not path.is_file():
-            raise DataError(
-                f"no array for the model's input {spec.name!r}",
-                found=str(folder),
-                allowed=f"{spec.name}.npy" + (" or inputs.npy" if len(iospec.inputs) == 1 else ""),
-                subject=spec.name,
-            )
-        try:
-            value = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a plain array", found=first_line(error), hint="save it with numpy.save", subject=path) from error
-        wanted = spec.shape[1:]
-        if (
-            value.ndim != len(spec.shape)
-            or len(value) == 0
-            or any(isinstance(axis, int) and axis != size for axis, size in zip(wanted, value.shape[1:], strict=True))
-        ):
-            raise DataError(f"{path.name} does not fit the input {spec.name!r}", found=value.shape, allowed=("samples", *wanted), subject=spec.name)
-        if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
-            raise DataError(f"{path.name} holds NaN or infinity", found=str(path), subject=spec.name)
-        out[spec.name] = _cast(value, spec, path)
-    if len({len(value) for value in out.values()}) > 1:
-        raise DataError("the inputs have different numbers of samples", found={name: len(value) for name, value in out.items()})
-    return out
-
-
-def _cast(value: Array, spec: TensorSpec, path: Path) -> Array:
-    """The values in the input's dtype; nothing but the precision of floats may get lost."""
-    if np.can_cast(value.dtype, spec.dtype, casting="same_kind"):
-        with np.errstate(over="ignore"):
-            cast: Array = value.astype(spec.dtype, copy=False)
-        if np.isfinite(cast).all() if np.issubdtype(cast.dtype, np.floating) else np.array_equal(cast, value):
-            return cast
-        raise DataError(f"{path.name} holds values that {spec.dtype} cannot", found=f"{value.min()} to {value.max()}", allowed=spec.dtype, subject=spec.name)
-    raise DataError(
-        f"{path.name} holds another kind of numbers than the input {spec.name!r} takes", found=str(value.dtype), allowed=spec.dtype, subject=spec.name
-    )
 
 
 def random_inputs(iospec: IOSpec, *, samples: int, seed: int) -> dict[str, Array]:
@@ -101,7 +50,7 @@ def bench(
     verdict_grade: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BenchResult:
-    """How long a model takes on a target, with everything needed to trust the number. `inputs` is a folder of `.npy` arrays.
+    """How long a model takes on a target now, with everything needed to trust the number. `inputs` is a folder of `.npy` arrays.
 
     Raises:
         ModelError, DataError: the file or the inputs cannot be used.
@@ -123,11 +72,13 @@ def bench(
                 "the target cannot run the model", found="; ".join(f"{op}: {why}" for op, why in support.missing.items()), subject=str(model)
             )
         subject = Subject(Path(model).stem, artifact, {key: value[:rotation] for key, value in samples.items()})
-        limits = calibrate_limits(target, subject, cache_dir=None, seed=seed)
+        nonce = new_nonce()
+        limits = calibrate_limits(target, subject, cache_dir=None, seed=seed, nonce=nonce)
         if verdict_grade:
-            measurement = measure_verdict(target, [subject], limits=limits, seed=seed, undecided=lambda _: False, progress=progress)[subject.label]
+            verdict = measure_verdict(target, [subject], limits=limits, seed=seed, undecided=lambda _: False, progress=progress, nonce=nonce)
+            measurement = verdict[subject.label]
         else:
-            measurement = screen(target, [subject], percentile=percentile, limits=limits, seed=seed)[subject.label].measurement
+            measurement = screen(target, [subject], percentile=percentile, limits=limits, seed=seed, nonce=nonce)[subject.label].measurement
         op_times = target.runtime.op_times(artifact, subject.inputs) if target.capabilities.op_times else ()
         return BenchResult(measurement, summarize(measurement, percentile), op_times, iospec, target.capabilities)
 

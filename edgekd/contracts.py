@@ -136,7 +136,8 @@ class BenchmarkRequest:
     """Launches to run on the device, as one job: one fresh process for each label in `schedule`, in that order.
 
     `models` maps a label to its artifact; `inputs` maps a label to at least one sample per input, `(rotation, ...)` with the
-    sample axis first; each timed inference takes one sample with a batch axis of 1. `first_index` numbers the launches.
+    sample axis first; each timed inference takes one sample with a batch axis of 1. `first_index` numbers the launches. Two requests with
+    different `nonce` are never the same job: a runtime that takes over the job of a killed host does so for an equal request only.
     """
 
     models: Mapping[str, StoredArtifact]
@@ -145,6 +146,7 @@ class BenchmarkRequest:
     protocol: LaunchProtocol
     first_index: int = 0
     seed: int = 0
+    nonce: str = ""
 
 
 @runtime_checkable
@@ -289,7 +291,8 @@ class Task(Protocol):
     """What outputs mean. Everything a gate needs is numpy; everything a training needs imports torch late.
 
     `unpack` splits what the collate function gives into named inputs and a target. A score is per item and higher is
-    better; the metric is the mean score. `binary` says that scores are 0 or 1.
+    better; the metric is the mean score. `binary` says that scores are 0 or 1. A task with graded scores in [0, 1] says so by an
+    attribute `bounded = True`; without it their range is unknown, and scores that show no spread are refused.
     """
 
     name: str
@@ -300,8 +303,8 @@ class Task(Protocol):
         """Inputs by name, in the order of the model's arguments, and the target (an array, or a mapping of arrays)."""
         ...
 
-    def check(self, outputs: Tensors, targets: Any) -> None:
-        """Raise `DataError` or `ModelError` if outputs and targets do not fit (shape, label range, not finite)."""
+    def check(self, outputs: Tensors, targets: Any, split: str = "") -> None:
+        """Raise `DataError` or `ModelError` if outputs and targets do not fit (shape, label range); `split` is what the message calls the data."""
         ...
 
     def scores(self, outputs: Tensors, targets: Any) -> NDArray[np.float64]:

@@ -16,12 +16,12 @@ from edgekd.errors import ConfigError, EdgekdError
 from edgekd.profile_file import ProfileEntry, list_profiles
 from edgekd.records import Profile
 from edgekd.records.base import Record
-from edgekd.target import connect
+from edgekd.target import connect, hardware_text
 
 _MODULES = {"scikit-learn": "sklearn"}
 """Distributions whose module is called otherwise; the rest only turn `-` into `_`."""
 
-_DEVELOPMENT = frozenset({"dev"})
+_DEVELOPMENT = frozenset({"dev", "testing"})
 _ARCHITECTURES = ("aarch64", "x86_64")
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;)]*)\)?\s*(?:;\s*(.*))?$")
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
@@ -49,7 +49,10 @@ class ExtraRow(Record, tag="edgekd.doctor_extra/1", frozen=True, kw_only=True):
 
 
 class TargetRow(Record, tag="edgekd.doctor_target/1", frozen=True, kw_only=True):
-    """One profile: what it is, and whether it can be opened from here. `tried` is false when nobody tried to open it."""
+    """One profile: what it is, and whether it can be opened from here. `tried` is false when nobody tried to open it.
+
+    `proven_on_hardware` says whether it ever ran on real hardware like the device that was opened (`None`: none was); `hardware` the same in words.
+    """
 
     profile: str
     origin: str
@@ -58,8 +61,8 @@ class TargetRow(Record, tag="edgekd.doctor_target/1", frozen=True, kw_only=True)
     runtime: str = ""
     precisions: tuple[str, ...] = ()
     threads: int = 0
-    proven_on_hardware: bool = False
-    proof: str = ""
+    proven_on_hardware: bool | None = None
+    hardware: str = ""
     tried: bool = False
     ready: bool = False
     simulated: str = ""
@@ -194,10 +197,12 @@ def _check_target(entry: ProfileEntry, open_it: bool) -> TargetRow:
     if profile is None:
         return TargetRow(profile=entry.name, origin=entry.origin, problem=entry.problem, remedy=f"correct {entry.path}")
     simulated, device, problem, remedy = "", {}, "", ""
+    proven, hardware = None, hardware_text(profile)
     if open_it:
         try:
             with connect(profile) as target:
                 simulated, device = target.simulated, dict(target.fingerprint.fields)
+                proven, hardware = target.capabilities.proven_on_hardware, hardware_text(profile, target)
         except EdgekdError as error:
             problem, remedy = str(error), error.hint or ""
     else:
@@ -211,8 +216,8 @@ def _check_target(entry: ProfileEntry, open_it: bool) -> TargetRow:
         runtime=profile.runtime.kind,
         precisions=tuple(item.value for item in profile.runtime.precisions),
         threads=profile.runtime.threads,
-        proven_on_hardware=profile.proven_on_hardware,
-        proof=profile.proof,
+        proven_on_hardware=proven,
+        hardware=hardware,
         tried=open_it,
         ready=open_it and not problem,
         simulated=simulated,

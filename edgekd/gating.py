@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from edgekd.bundle import Bundle, open_bundle
-from edgekd.contracts import Target
-from edgekd.errors import BundleError
+from edgekd.contracts import Target, Task
+from edgekd.errors import ConfigError
+from edgekd.launching import new_nonce
 from edgekd.measure import Subject, calibrate_limits, measure_verdict
 from edgekd.records import Manifest, Measurement, Outcome, Verdict
 from edgekd.target import connect
-from edgekd.tasks import task_from
-from edgekd.verdict import is_undecided, judge, require_samples
+from edgekd.tasks import has_bounded_scores
+from edgekd.terms import differences, profile_here, profile_of, task_of
+from edgekd.verdict import Limit, is_undecided, judge, require_samples, same_outputs
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,12 @@ class GateResult:
     teacher_accuracy: float | None
     agreement: float | None
     target: str
+    judged_by: str = ""
+    """Which profile judged, in words."""
+    differences: tuple[str, ...] = ()
+    """What the profile of this name sets here and now, or the one that the caller named, otherwise than the bundle's own."""
+    task: str = ""
+    """Whose task judged: edgekd's or the caller's own, by name."""
 
 
 def validate(
@@ -38,10 +46,11 @@ def validate(
     data: Path | str | None = None,
     accept_simulated: bool = False,
     overrides: Sequence[str] = (),
+    task: Task | str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Verdict:
     """The verdict on a bundle, measured now; see `gate`."""
-    return gate(bundle, target=target, data=data, accept_simulated=accept_simulated, overrides=overrides, progress=progress).verdict
+    return gate(bundle, target=target, data=data, accept_simulated=accept_simulated, overrides=overrides, task=task, progress=progress).verdict
 
 
 def gate(
@@ -51,58 +60,78 @@ def gate(
     data: Path | str | None = None,
     accept_simulated: bool = False,
     overrides: Sequence[str] = (),
+    task: Task | str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> GateResult:
-    """The verdict on a bundle with its evidence. Nothing is taken from a cache, and no user code runs.
+    """The verdict on a bundle with its evidence. Nothing comes from a cache or from the job of an earlier call, and no code runs that a bundle names.
 
-    `target` is a live target or a profile's name (default: the bundle's own profile); `data` is a folder of evaluation data where
-    the bundle has none. A device whose identity differs from the manifest's gives refuse.
+    `target` is a live target, or a profile's name or path; the default is the profile that lies in the bundle. `overrides` change fields of
+    either profile. `data` is a folder of evaluation data where the bundle has none. `task` is the user's own task, or its `module:name`, where
+    the bundle was judged by one. A device whose identity differs from the manifest's gives refuse.
 
     Raises:
-        BundleError: the bundle is incomplete or was changed.
+        BundleError: the bundle is incomplete or was changed, its profile reaches another machine, or it needs another `task`.
+        ConfigError: overrides are given with a live target, whose profile is fixed.
         InputError: the target's launches are too short for the budget's percentile.
         DeviceError: the device failed.
     """
     opened = open_bundle(Path(bundle))
-    if target is None and (Path(opened.manifest.profile).name != opened.manifest.profile or opened.manifest.profile.endswith(".toml")):
-        raise BundleError(
-            "a bundle may name a profile, not bring one", found=opened.manifest.profile, hint="give the target yourself: --target NAME", subject=opened.folder
-        )
-    if target is None or isinstance(target, str):
-        with connect(target or opened.manifest.profile, overrides=overrides) as live:
-            return _gate(opened, live, None if data is None else Path(data), accept_simulated, progress)
-    return _gate(opened, target, None if data is None else Path(data), accept_simulated, progress)
+    meaning = task_of(opened.manifest, task, opened.folder)
+    own = opened.manifest.profile
+    place = None if data is None else Path(data)
+    changed = f", with {', '.join(overrides)}" if overrides else ""
+    if target is None:
+        with connect(profile_of(opened.manifest), overrides=overrides) as live:
+            today = profile_here(own.name)
+            result = _gate(opened, live, meaning, place, accept_simulated, progress)
+            judged_by, other = f"the bundle's own profile {own.name!r}{changed}", own if today is None else today
+    elif isinstance(target, str):
+        with connect(target, overrides=overrides) as live:
+            result = _gate(opened, live, meaning, place, accept_simulated, progress)
+            judged_by, other = f"the profile {target!r} named in the call{changed}", live.profile
+    elif overrides:
+        raise ConfigError("a live target's profile is fixed", found=list(overrides), hint="give the overrides to edgekd.connect", subject=target.name)
+    else:
+        result = _gate(opened, target, meaning, place, accept_simulated, progress)
+        judged_by, other = f"the profile {target.name!r} of the live target in the call", target.profile
+    return replace(result, judged_by=judged_by, differences=differences(own, other))
 
 
-def _gate(bundle: Bundle, target: Target, data: Path | None, accept_simulated: bool, progress: Callable[[str, int, int], None] | None) -> GateResult:
+def _gate(
+    bundle: Bundle, target: Target, task: Task, data: Path | None, accept_simulated: bool, progress: Callable[[str, int, int], None] | None
+) -> GateResult:
     manifest = bundle.manifest
     require_samples(target.profile.measure.verdict.launch, manifest.budget.percentile)
-    differing = target.fingerprint.differing(manifest.fingerprint, manifest.identity)
+    whose = f"{manifest.task_code}, given in the call" if manifest.task_code else f"edgekd's {task.name}"
+    differing = target.fingerprint.differing(manifest.fingerprint, manifest.profile.identity)
     if differing:
         text = ", ".join(f"{name} is {now} and was {then}" for name, (now, then) in sorted(differing.items()))
         verdict = Verdict(outcome=Outcome.REFUSE, checks=(), reason=f"other device than the bundle was validated on: {text}", simulated=target.simulated)
-        return GateResult(verdict, manifest, None, None, None, None, target.name)
+        return GateResult(verdict, manifest, None, None, None, None, target.name, task=whose)
     evaluation = bundle.evaluation(data)
-    task = task_from(manifest.task)
     outputs = target.runtime.infer(bundle.artifact, evaluation.inputs)
-    task.check(outputs, evaluation.targets)
-    task.check(evaluation.teacher, evaluation.targets)
+    task.check(outputs, evaluation.targets, "test")
+    task.check(evaluation.teacher, evaluation.targets, "test")
     scores = task.scores(outputs, evaluation.targets)
     teacher_scores = task.scores(evaluation.teacher, evaluation.targets)
     rotation = target.profile.measure.verdict.launch.rotation
     subject = Subject("student", bundle.artifact, {name: value[:rotation] for name, value in evaluation.inputs.items()})
-    limits = calibrate_limits(target, subject, cache_dir=None, seed=manifest.seed)
+    nonce = new_nonce()
+    limits = calibrate_limits(target, subject, cache_dir=None, seed=manifest.seed, nonce=nonce)
     budget = msgspec.structs.replace(manifest.budget, latency_ms=manifest.latency_limit_ms, latency_share=None)
+    identical = same_outputs(outputs, evaluation.teacher)
 
     def decide(seen: Mapping[str, Measurement]) -> Verdict:
         return judge(
             budget=budget,
-            limit_ms=manifest.latency_limit_ms,
+            limit_ms=Limit(manifest.latency_limit_ms, manifest.latency_limit_upper_ms),
             measurement=seen["student"],
             plan=target.profile.measure.verdict,
             student_scores=scores,
             teacher_scores=teacher_scores,
             binary=task.binary,
+            bounded=has_bounded_scores(task),
+            identical=identical,
             size_bytes=manifest.artifact.size_bytes,
             accept_simulated=accept_simulated,
         )
@@ -114,6 +143,7 @@ def _gate(bundle: Bundle, target: Target, data: Path | None, accept_simulated: b
         seed=manifest.seed,
         undecided=lambda seen: is_undecided(decide(seen)),
         progress=progress,
+        nonce=nonce,
     )
     return GateResult(
         decide(measured),
@@ -123,4 +153,5 @@ def _gate(bundle: Bundle, target: Target, data: Path | None, accept_simulated: b
         float(teacher_scores.mean()),
         float(task.agreement(outputs, evaluation.teacher).mean()),
         target.name,
+        task=whose,
     )

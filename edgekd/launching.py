@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import msgspec
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import BenchmarkRequest, Target, Tensors
 from edgekd.errors import InputError, RunnerFailed
-from edgekd.records import Artifact, Grade, Launch, LaunchProtocol, Limits, Measurement, Record
+from edgekd.records import Grade, Launch, LaunchProtocol, Limits, Measurement, Record
 from edgekd.storage import sha256_bytes
 from edgekd.validity import validity_reason
 
@@ -38,6 +39,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def new_nonce() -> str:
+    """A text that no other call gives: it makes a measurement a job of its own on the device, never that of a process that was killed."""
+    return uuid.uuid4().hex
+
+
 def by_label(subjects: Sequence[Subject]) -> dict[str, Subject]:
     """The subjects by their labels, in their order.
 
@@ -58,12 +64,13 @@ class Bench:
     A launch is rejected by its own facts only (`validity.validity_reason`); its label plays no part.
     """
 
-    def __init__(self, target: Target, subjects: Mapping[str, Subject], protocol: LaunchProtocol, limits: Limits, seed: int) -> None:
+    def __init__(self, target: Target, subjects: Mapping[str, Subject], protocol: LaunchProtocol, limits: Limits, seed: int, nonce: str = "") -> None:
         self.target = target
         self.subjects = subjects
         self.protocol = protocol
         self.limits = limits
         self.seed = seed
+        self.nonce = nonce
         self.started_at = utc_now()
         self.valid: dict[str, list[Launch]] = {label: [] for label in subjects}
         self.rejected: dict[str, list[Launch]] = {label: [] for label in subjects}
@@ -93,6 +100,7 @@ class Bench:
                 protocol=self.protocol,
                 first_index=self._index,
                 seed=self.seed,
+                nonce=self.nonce,
             )
         )
         if tuple(launch.label for launch in launches) != tuple(schedule):
@@ -129,18 +137,11 @@ class Bench:
         )
 
 
-def structure_hash(artifact: Artifact) -> str:
-    """What identifies an artifact for timing: `metadata["structure"]` where its converter wrote one, else all of its bytes.
-
-    Two artifacts that differ in their weights' values only have the same structure and, on the targets known, the same latency.
-    """
-    structure = artifact.metadata.get("structure") or artifact.content_hash()
-    return sha256_bytes("\n".join([structure, artifact.format.value, artifact.precision.value, artifact.iospec.digest()]).encode())
-
-
 def cache_path(folder: Path, kind: str, target: Target, *parts: str) -> Path:
-    """The file for a measurement of `kind` in a shared cache: named by device fingerprint, runtime options and `parts`."""
-    key = "\n".join([target.fingerprint.digest(), target.profile.runtime.digest(), target.simulated, *parts])
+    """The file for a measurement of `kind` in a shared cache: named by device fingerprint, runtime options, the governor and the power mode that the
+    device has now, and `parts`."""
+    now = target.runtime.snapshot()
+    key = "\n".join([target.fingerprint.digest(), target.profile.runtime.digest(), target.simulated, f"{now.governor} {now.power_mode}", *parts])
     return folder / kind / f"{sha256_bytes(key.encode())[:40]}.json"
 
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from edgekd.aa import aa_run, calibrate_limits
 from edgekd.contracts import Target
-from edgekd.launching import Bench, Progress, Subject, by_label, structure_hash
+from edgekd.launching import Bench, Progress, Subject, by_label
 from edgekd.records import Grade, Limits, Measurement, MeasurePlan
 from edgekd.screening import Screened, rank, screen
 from edgekd.validity import causes
 
-__all__ = ["Progress", "Screened", "Subject", "aa_run", "calibrate_limits", "measure_verdict", "rank", "screen", "structure_hash"]
+__all__ = ["Progress", "Screened", "Subject", "aa_run", "calibrate_limits", "measure_verdict", "rank", "screen"]
 
 _SINGLE_BLOCK = 4
 
@@ -45,6 +45,7 @@ def measure_verdict(
     seed: int,
     undecided: Callable[[Mapping[str, Measurement]], bool],
     progress: Progress | None = None,
+    nonce: str = "",
 ) -> dict[str, Measurement]:
     """Verdict-grade measurements of all subjects by label, taken now under the profile's `measure.verdict` plan; never cached.
 
@@ -52,12 +53,14 @@ def measure_verdict(
     repeated. A subject whose rejects exceed `plan.max_reject_share` is invalid, with the causes counted, and gets no more launches.
     Then `undecided` sees all measurements; while it says True, every valid subject gets `plan.step` more, up to `plan.max_launches`.
 
+    A job on the device that a killed process left is taken over if the `nonce` is equal too: `new_nonce()` measures anew.
+
     Raises:
         InputError: no subject, or two with one label.
         DeviceError: the device or the way to it failed.
     """
     plan = target.profile.measure.verdict
-    bench = Bench(target, by_label(subjects), plan.launch, limits, seed)
+    bench = Bench(target, by_label(subjects), plan.launch, limits, seed, nonce)
     rng = np.random.default_rng([seed, 0xBA])
     reasons: dict[str, str] = {}
     goal = plan.launches

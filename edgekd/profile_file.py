@@ -259,6 +259,8 @@ def _checked(values: dict[str, Any], origin: _Origin) -> Profile:
     profile = msgspec.convert(values, type=Profile, strict=True)
     if not profile.runtime.precisions or len(set(profile.runtime.precisions)) != len(profile.runtime.precisions):
         raise _wrong(("runtime", "precisions"), [item.value for item in profile.runtime.precisions], "at least one precision, each once", origin)
+    if not all(fact.split() for fact in profile.proven_on):
+        raise _wrong(("proven_on",), list(profile.proven_on), "a machine with instruction sets each, for example x86_64 avx512 vnni", origin)
     if not profile.identity:
         raise _wrong(("identity",), [], "at least one field of the fingerprint", origin)
     for grade in ("screen", "verdict"):

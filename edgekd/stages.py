@@ -43,7 +43,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("convert", 1, ("distil",), "export the student and compare it with its source"),
     Stage("quantize", 1, ("convert",), "make int8 where it is faster and accurate enough"),
     Stage("validate", 1, ("baseline", "quantize"), "verdict-grade latency and accuracy of the artifact, on the device"),
-    Stage("bundle", 1, ("validate",), "artifact, manifest, ledger and evaluation data"),
+    Stage("bundle", 2, ("validate",), "artifact, manifest, ledger and evaluation data"),
 )
 """In order. `connect` and `plan` come before the first and leave nothing on disk. The parity of each hop is part of the stage that makes the hop.
 The search takes two values of the baseline, the latency limit and the limits of validity; they are in its key, so that a baseline that is
@@ -70,12 +70,12 @@ class StageStore:
     Open it as a context manager: it holds the run folder's lock, so that two processes never write one run.
     """
 
-    def __init__(self, run_dir: Path, listener: Listener | None = None) -> None:
+    def __init__(self, run_dir: Path, *listeners: Listener) -> None:
         self.run_dir = run_dir
         self.keys: dict[str, str] = {}
         self.about: dict[str, str] = {}
         """What a stage does in this run, by its name, where the table's words do not fit."""
-        self._listener = listener
+        self._listeners = listeners
         self._lock = -1
 
     def __enter__(self) -> StageStore:
@@ -120,7 +120,7 @@ class StageStore:
         os.close(self._lock)
 
     def tell(self, stage: str, kind: str, text: str, *, key: str = "", seconds: float = 0.0) -> None:
-        """Append an event to the run's journal, durably, then tell the listener."""
+        """Append an event to the run's journal, durably, then tell the listeners."""
         event = Event(stage, kind, text, key, round(seconds, 3))
         line = msgspec.json.encode(event) + b"\n"
         try:
@@ -135,8 +135,8 @@ class StageStore:
                 hint="free some space and run the same command again: finished stages are kept",
                 subject=self.run_dir,
             ) from error
-        if self._listener is not None:
-            self._listener(event)
+        for listener in self._listeners:
+            listener(event)
 
     def stored(self, name: str, inputs: Mapping[str, Any], output: type[R]) -> R | None:
         """What a finished stage without parents left under exactly these inputs, or `None`. Nothing is changed or told."""

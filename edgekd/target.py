@@ -7,9 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from edgekd import registry
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import Runtime, Transport
+from edgekd.contracts import Runtime, Target, Transport
 from edgekd.errors import ConfigError, ProfileError, near_names
 from edgekd.profile_file import Overrides, load_profile, override_profile
 from edgekd.records import Capabilities, Fingerprint, Profile, SupportReport
@@ -70,9 +72,10 @@ class LiveTarget:
             self.transport.open()
             stack.callback(self.runtime.close)
             self.runtime.open()
-            self.capabilities = self.runtime.capabilities()
+            able = self.runtime.capabilities()
             fields = {"runtime": self.runtime.name, "threads": str(self.profile.runtime.threads)} | self.runtime.fingerprint().fields
             self.fingerprint = Fingerprint(fields=fields)
+            self.capabilities = msgspec.structs.replace(able, proven_on_hardware=not able.simulated and self.profile.proven_here(self.fingerprint))
             self._check()
             self._stack = stack.pop_all()
         return self
@@ -93,10 +96,6 @@ class LiveTarget:
         """Whether the runtime on this device runs the model, and what it cannot."""
         return self.runtime.supports(model)
 
-    def identity_of(self) -> dict[str, str]:
-        """The fields of the fingerprint that make this device the same device, by name; the profile says which."""
-        return {name: self.fingerprint.fields[name] for name in self.profile.identity}
-
     def _check(self) -> None:
         for precision in self.profile.runtime.precisions:
             if precision not in self.capabilities.precisions:
@@ -116,6 +115,18 @@ class LiveTarget:
                     hint="change `identity`",
                     subject=self.name,
                 )
+
+
+def hardware_text(profile: Profile, target: Target | None = None) -> str:
+    """Whether the profile ever ran on real hardware of this kind, in words; without an open `target`, on which hardware it ran."""
+    places = ", ".join(profile.proven_on)
+    if target is None:
+        return f"on {places}" + (f" ({profile.proof})" if profile.proof else "") if places else "never ran on real hardware"
+    if target.capabilities.proven_on_hardware:
+        return "yes" + (f": {profile.proof}" if profile.proof else "")
+    fields = target.fingerprint.fields
+    kind = " ".join([fields.get("machine", "unknown machine"), fields.get("isa", "")]).strip()
+    return f"never ran on real hardware of this kind: {kind}; proven on {places}" if places and not target.simulated else "never ran on real hardware"
 
 
 def connect(profile: str | Path | Profile = "local", *, overrides: Overrides = ()) -> LiveTarget:

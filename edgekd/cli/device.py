@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from edgekd.doctor import TargetRow
 
 
-def _proof(row: TargetRow) -> str:
-    return row.proof or "yes" if row.proven_on_hardware else "never ran on real hardware"
-
-
 def _state(row: TargetRow) -> str:
     if row.problem:
         return row.problem if not row.remedy or row.remedy in row.problem else f"{row.problem}; next step: {row.remedy}"
@@ -54,13 +50,13 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
     print_table(
         "Targets",
         ("target", "transport", "runtime", "state", "ran on hardware"),
-        [(row.profile, row.transport, row.runtime, _state(row), _proof(row)) for row in found.targets],
+        [(row.profile, row.transport, row.runtime, _state(row), row.hardware) for row in found.targets],
     )
     return 0
 
 
 def _doctor_target(name: str, overrides: tuple[str, ...], as_json: bool) -> int:
-    from edgekd.target import connect
+    from edgekd.target import connect, hardware_text
 
     with connect(name, overrides=overrides) as live:
         snapshot = live.runtime.snapshot()
@@ -84,7 +80,7 @@ def _doctor_target(name: str, overrides: tuple[str, ...], as_json: bool) -> int:
                 ("clocks", ", ".join(item.value for item in able.clocks)),
                 ("inner tensors", "yes" if able.taps else "no"),
                 ("op times", "yes" if able.op_times else "no"),
-                ("ran on hardware", live.profile.proof or "yes" if live.profile.proven_on_hardware else "never ran on real hardware"),
+                ("ran on hardware", hardware_text(live.profile, live)),
             ],
         )
     return 0
@@ -104,7 +100,7 @@ def targets(as_json: bool) -> int:
         "Targets",
         ("target", "from", "transport", "runtime", "precisions", "threads", "ran on hardware", "description"),
         [
-            (row.profile, row.origin, row.transport, row.runtime, ", ".join(row.precisions), str(row.threads), _proof(row), row.problem or row.description)
+            (row.profile, row.origin, row.transport, row.runtime, ", ".join(row.precisions), str(row.threads), row.hardware, row.problem or row.description)
             for row in rows
         ],
         numeric=(5,),
@@ -162,7 +158,7 @@ def profile_show(name: str, overrides: tuple[str, ...], as_json: bool) -> int:
 
     walk(found, "")
     print_table(f"Profile {found.name}", ("field", "value"), rows)
-    if not found.proven_on_hardware:
+    if not found.proven_on:
         click.echo("never ran on real hardware")
     return 0
 

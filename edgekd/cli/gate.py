@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edgekd.cli.common import FOLDER, json_option, launch_progress, print_json, print_table, print_verdict, set_option, target_option
+from edgekd.cli.common import FOLDER, json_option, launch_progress, print_json, print_table, print_verdict, say, set_option, target_option
 from edgekd.errors import EdgekdError
 
 if TYPE_CHECKING:
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 _OUT = click.Path(path_type=Path, dir_okay=False)
 _DATA = click.option("--data", type=FOLDER, help="Evaluation data, where the bundle holds none.")
+_TASK = click.option(
+    "--task",
+    metavar="MODULE:NAME",
+    help="Your own task, where the bundle was judged by one. It is imported because you name it; a bundle's word is not enough.",
+)
 _SIMULATED = click.option("--accept-simulated", is_flag=True, help="Let a null, emulated or fake target pass; otherwise it refuses.")
 
 
@@ -25,17 +30,18 @@ _SIMULATED = click.option("--accept-simulated", is_flag=True, help="Let a null, 
 @target_option(None)
 @set_option
 @_DATA
+@_TASK
 @_SIMULATED
 @json_option
-def validate(bundle: Path, target: str | None, overrides: tuple[str, ...], data: Path | None, accept_simulated: bool, as_json: bool) -> int:
-    """Judge BUNDLE again on the device (default: the bundle's own target) and print every check.
+def validate(bundle: Path, target: str | None, overrides: tuple[str, ...], data: Path | None, task: str | None, accept_simulated: bool, as_json: bool) -> int:
+    """Judge BUNDLE again on the device (default: by the profile in the bundle) and print every check.
 
     Exits 0 on pass, 1 on fail, 2 on refuse.
     """
     from edgekd.gate_output import gate_exit_code
     from edgekd.gating import gate as run_gate
 
-    result = run_gate(bundle, target=target, data=data, accept_simulated=accept_simulated, overrides=overrides, progress=launch_progress)
+    result = run_gate(bundle, target=target, data=data, accept_simulated=accept_simulated, overrides=overrides, task=task, progress=launch_progress)
     if as_json:
         print_json(result.verdict.to_builtins())
     else:
@@ -49,6 +55,7 @@ def validate(bundle: Path, target: str | None, overrides: tuple[str, ...], data:
 @target_option(None)
 @set_option
 @_DATA
+@_TASK
 @_SIMULATED
 @click.option(
     "--on-refuse",
@@ -65,6 +72,7 @@ def gate(
     target: str | None,
     overrides: tuple[str, ...],
     data: Path | None,
+    task: str | None,
     accept_simulated: bool,
     on_refuse: Literal["fail", "neutral"],
     junit: Path | None,
@@ -83,12 +91,13 @@ def gate(
     name = f"{place.parent.name}/{place.name}"
     paths = {"junit": junit, "json": json_path, "markdown": markdown}
     try:
-        result = run_gate(bundle, target=target, data=data, accept_simulated=accept_simulated, overrides=overrides, progress=launch_progress)
+        result = run_gate(bundle, target=target, data=data, accept_simulated=accept_simulated, overrides=overrides, task=task, progress=launch_progress)
     except EdgekdError as error:
         _write(GateReport(name, None, error, {"bundle": str(bundle)}, on_refuse), paths)
         raise
     report = GateReport(name, result.verdict, None, conditions(bundle, result), on_refuse)
     _write(report, paths)
+    say(f"judged by {result.judged_by}" + (f"; the profile differs: {'; '.join(result.differences)}" if result.differences else ""))
     click.echo(one_line(report))
     return report.exit_code
 
@@ -110,6 +119,8 @@ def conditions(bundle: Path, result: GateResult) -> dict[str, str]:
     found = {
         "bundle": str(bundle),
         "target": result.target,
+        "judged by": result.judged_by,
+        "task": result.task,
         "device": fields.get("cpu_model", fields.get("device", "unknown")),
         "runtime": f"{fields.get('runtime', '?')} {fields.get('runtime_version', '')}".strip(),
         "threads": fields.get("threads", "?"),
@@ -118,6 +129,8 @@ def conditions(bundle: Path, result: GateResult) -> dict[str, str]:
         "artifact": manifest.artifact.content_hash()[:16],
         "bundle made": f"{manifest.created_at} by edgekd {manifest.edgekd}",
     }
+    if result.differences:
+        found["profile differs"] = "; ".join(result.differences)
     if taken is not None:
         found |= {
             "measured": taken.taken_at or "date not recorded",

@@ -11,6 +11,7 @@ from edgekd.errors import BudgetError
 from edgekd.records.base import Record
 from edgekd.records.measure import Clock, Fingerprint, NonNegativeFloat
 from edgekd.records.model import Artifact, NonNegative, StudentSpec
+from edgekd.records.profile import Profile
 
 
 class Outcome(str, Enum):
@@ -175,11 +176,17 @@ class Point(Record, tag="edgekd.point/1", frozen=True, kw_only=True):
     role: str = "candidate"
 
 
-class Manifest(Record, tag="edgekd.manifest/1", frozen=True, kw_only=True):
+class Manifest(Record, tag="edgekd.manifest/2", frozen=True, kw_only=True):
     """What a bundle holds and claims; `files` maps every file of the bundle but the manifest to its SHA-256.
+
+    A pass must stay below `latency_limit_ms`. A fail must exceed it too or, where the limit is a share of the teacher's measured latency,
+    `latency_limit_upper_ms`.
 
     `evaluation` does so for evaluation data that were over the cap and lie elsewhere. `accuracy` is the artifact's on the
     test split, in `metric`. `seal` is the digest of the manifest without it.
+
+    `profile` is the one that judged, overrides applied, without what may travel in no bundle (`terms.portable`). `task_code` is the
+    `module:qualname` of a task that is not edgekd's own, `task_hash` the hash of its source; nothing imports them from here.
     """
 
     edgekd: str
@@ -190,8 +197,7 @@ class Manifest(Record, tag="edgekd.manifest/1", frozen=True, kw_only=True):
     latency_limit_ms: float
     verdict: Verdict
     fingerprint: Fingerprint
-    identity: tuple[str, ...]
-    profile: str
+    profile: Profile
     task: dict[str, str]
     files: dict[str, str]
     versions: dict[str, str]
@@ -203,4 +209,7 @@ class Manifest(Record, tag="edgekd.manifest/1", frozen=True, kw_only=True):
     evaluation: dict[str, str] = {}
     accuracy: float | None = None
     metric: str = ""
+    task_code: str = ""
+    task_hash: str = ""
+    latency_limit_upper_ms: float | None = None
     seal: str = ""

@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from edgekd.records.base import Record
-from edgekd.records.measure import LaunchProtocol, Limits, MeasurePlan, NonNegativeFloat
+from edgekd.records.measure import Fingerprint, LaunchProtocol, Limits, MeasurePlan, NonNegativeFloat
 from edgekd.records.model import Positive, Precision
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -51,7 +51,11 @@ class MeasureConfig(Record, tag="edgekd.measure/1", frozen=True, kw_only=True):
 
 
 class Profile(Record, tag="edgekd.profile/1", frozen=True, kw_only=True):
-    """A target on file. `identity` names the fingerprint's fields that make a device the same device."""
+    """A target on file. `identity` names the fingerprint's fields that make a device the same device.
+
+    `proven_on` lists where the profile ran on real hardware: each entry is a machine and instruction sets, as the fingerprint's
+    `machine` and `isa` name them, for example `x86_64 avx512 vnni`. `proof` says more in words.
+    """
 
     name: str
     description: str
@@ -59,5 +63,10 @@ class Profile(Record, tag="edgekd.profile/1", frozen=True, kw_only=True):
     runtime: RuntimeConfig = RuntimeConfig()
     measure: MeasureConfig = MeasureConfig()
     identity: tuple[str, ...] = ("cpu_model", "isa", "machine", "runtime", "runtime_version", "threads")
-    proven_on_hardware: bool = False
+    proven_on: tuple[str, ...] = ()
     proof: str = ""
+
+    def proven_here(self, device: Fingerprint) -> bool:
+        """Whether the device is of a kind that the profile was proven on: the same machine, with all instruction sets of one entry."""
+        machine, isa = device.fields.get("machine", ""), set(device.fields.get("isa", "").split())
+        return any(words and words[0] == machine and isa.issuperset(words[1:]) for words in map(str.split, self.proven_on))

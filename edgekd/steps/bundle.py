@@ -18,6 +18,8 @@ from edgekd.report.words import artifact_words, budget_text
 from edgekd.steps.context import Context, row
 from edgekd.steps.validate import ValidateOut
 from edgekd.storage import copy_file, copy_folder
+from edgekd.target import hardware_text
+from edgekd.terms import own_code, own_task_text, portable
 
 
 class Evidence(Record, tag="edgekd.evidence/1", frozen=True, kw_only=True):
@@ -67,7 +69,9 @@ def run_bundle(
     items = len(next(iter(test.inputs.values())))
     held = f"{items} items, {size / 1e6:.1f} MB: a gate needs nothing else"
     over = f"{size / 1e6:.1f} MB is over the cap of {context.options.bundle_data_mb:g} MB: not in the bundle, a gate needs --data"
-    rows = (row(context, "bundle", "evaluation data", "noted" if capped else "kept", over if capped else held),)
+    profile, behind = portable(context.target.profile)
+    task_code, task_hash = own_code(context.task)
+    rows = (row(context, "bundle", "evaluation data", "noted" if capped else "kept", over if capped else held), *_gate_needs(context, behind))
     msgspec.structs.replace(ledger, rows=(*ledger.rows, *rows)).save(place / "ledger.json")
     write_report(report, place / "report.html")
     manifest = Manifest(
@@ -77,10 +81,10 @@ def run_bundle(
         student=spec,
         budget=context.budget,
         latency_limit_ms=validated.limit_ms,
+        latency_limit_upper_ms=validated.limit_upper_ms,
         verdict=validated.verdict,
         fingerprint=context.target.fingerprint,
-        identity=context.target.profile.identity,
-        profile=context.target.profile.name,
+        profile=profile,
         task=context.task.describe(),
         files={},
         versions=versions(),
@@ -88,10 +92,12 @@ def run_bundle(
         seed=context.seed,
         data_capped=capped,
         evaluation=file_hashes(evaluation) if capped else {},
-        proven_on_hardware=context.target.profile.proven_on_hardware,
+        proven_on_hardware=context.target.capabilities.proven_on_hardware,
         stage_keys=dict(context.store.keys),
         accuracy=validated.student_accuracy,
         metric=context.task.metric,
+        task_code=task_code,
+        task_hash=task_hash,
     )
     name = validated.chosen if spec is None else f"{validated.chosen} ({spec.label()})"
     fields = context.target.fingerprint.fields
@@ -108,7 +114,18 @@ def run_bundle(
         "device": fields.get("cpu_model", fields.get("device", "not told by the target")),
         "runtime": f"{fields.get('runtime', context.target.runtime.name)} {fields.get('runtime_version', '(version not told)')}",
         "threads": fields.get("threads", str(context.target.profile.runtime.threads)),
+        "ran on hardware": hardware_text(context.target.profile, context.target),
         "made with": f"edgekd {__version__}, seed {context.seed}",
     }
     write_text(place / "MODEL_CARD.md", model_card(manifest, student=name, summary=summary))
     return BundleOut(manifest=seal(place, manifest), rows=rows)
+
+
+def _gate_needs(context: Context, behind: tuple[str, ...]) -> tuple[LedgerRow, ...]:
+    """Rows on what a gate of this bundle cannot do by itself; they are told at once too."""
+    needs = {"task": own_task_text(context.task)}
+    if behind:
+        needs["profile"] = f"not in the bundle: {', '.join(behind)} (paths, hosts and texts do not travel); where a gate needs them, it needs --target or --set"
+    for text in filter(None, needs.values()):
+        context.note("bundle", text)
+    return tuple(row(context, "bundle", f"{name} of a gate", "noted", text) for name, text in needs.items() if text)

@@ -99,7 +99,7 @@ def report_data(
         profile_text=profile.description,
         simulated=context.simulated,
         fingerprint=context.target.fingerprint,
-        proven_on_hardware=profile.proven_on_hardware,
+        proven_on_hardware=context.target.capabilities.proven_on_hardware,
         ledger=Ledger(rows=tuple(rows)),
         points=tuple(points),
         measurements=measurements,

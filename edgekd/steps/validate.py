@@ -9,6 +9,7 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
+from edgekd.launching import new_nonce
 from edgekd.measure import Subject, measure_verdict
 from edgekd.objective import best, prefer
 from edgekd.parity import require_parity
@@ -16,7 +17,9 @@ from edgekd.records import Artifact, HopParity, LedgerRow, Measurement, Outcome,
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context, row, score
 from edgekd.steps.standing import standing
-from edgekd.verdict import is_undecided, judge, resolve_limit_ms
+from edgekd.storage import write_atomic
+from edgekd.tasks import has_bounded_scores
+from edgekd.verdict import Limit, is_undecided, judge, resolve_limit, same_outputs
 
 
 class ClassCount(Record, tag="edgekd.class_count/1", frozen=True, kw_only=True):
@@ -29,11 +32,15 @@ class ClassCount(Record, tag="edgekd.class_count/1", frozen=True, kw_only=True):
 
 
 class ValidateOut(Record, tag="edgekd.stage_validate/1", frozen=True, kw_only=True):
-    """The verdict with its evidence. The artifact lies in the stage's folder `deployed`."""
+    """The verdict with its evidence. The artifact lies in the stage's folder `deployed`.
+
+    `limit_ms` is what a pass had to stay below; `limit_upper_ms`, where the limit is a share of the teacher's latency, what a fail had to exceed.
+    """
 
     artifact: Artifact
     chosen: str
     limit_ms: float
+    limit_upper_ms: float | None = None
     verdict: Verdict
     measurements: tuple[Measurement, ...]
     teacher_accuracy: float
@@ -99,8 +106,11 @@ def run_validate(
     teacher_int8: StoredArtifact | None,
     teacher_validation: Tensors,
     teacher_test: Tensors,
+    scratch: Path,
 ) -> ValidateOut:
     """Measure and judge; a pass, fail or refuse with everything it rests on. Without a student the quantized teacher is judged.
+
+    `scratch` keeps the measurement's nonce: this stage of this run, killed and done again, finds its launches on the device; no other does.
 
     Raises:
         ParityRejected: what the target compiled computes something else than the portable file; the subject is the `HopParity`.
@@ -111,7 +121,7 @@ def run_validate(
     require_parity(parity)
     test = context.test.all()
     outputs = context.device_outputs(compiled, test.inputs)
-    context.task.check(outputs, test.targets)
+    context.task.check(outputs, test.targets, "test")
     scores = context.task.scores(outputs, test.targets)
     teacher_scores = context.task.scores(teacher_test, test.targets)
     inputs = context.probe_inputs()
@@ -120,29 +130,34 @@ def run_validate(
         subjects.append(Subject("teacher", teacher, inputs))
     plan = context.target.profile.measure.verdict
 
-    def decide(seen: Mapping[str, Measurement]) -> tuple[float, Verdict]:
+    identical = same_outputs(outputs, teacher_test)
+
+    def decide(seen: Mapping[str, Measurement]) -> tuple[Limit, Verdict]:
         reference = seen.get("teacher")
-        measured = reference is not None and bool(reference.launches)  # without a valid launch of the teacher the verdict refuses whatever the limit
-        limit_ms = resolve_limit_ms(context.budget, reference, allow_extreme=True) if measured or context.budget.latency_ms is not None else baseline.limit_ms
+        measured = reference is not None and len(reference.launches) > 1  # without launches of the teacher a share refuses whatever the limit
+        known = measured or context.budget.latency_ms is not None
+        limit = resolve_limit(context.budget, plan, reference, allow_extreme=True) if known else Limit(baseline.limit_ms)
         verdict = judge(
             budget=context.budget,
-            limit_ms=limit_ms,
+            limit_ms=limit,
             measurement=seen["student"],
             plan=plan,
             student_scores=scores,
             teacher_scores=teacher_scores,
             binary=context.task.binary,
+            bounded=has_bounded_scores(context.task),
+            identical=identical,
             size_bytes=compiled.record.size_bytes,
             accept_simulated=context.options.accept_simulated,
             teacher_measurement=seen.get("teacher"),
         )
-        return limit_ms, verdict
+        return limit, verdict
 
     def undecided(seen: Mapping[str, Measurement]) -> bool:
         return is_undecided(decide(seen)[1])
 
-    measured = measure_verdict(context.target, subjects, limits=context.limits, seed=context.seed, undecided=undecided)
-    limit_ms, verdict = decide(measured)
+    measured = measure_verdict(context.target, subjects, limits=context.limits, seed=context.seed, undecided=undecided, nonce=_nonce(scratch))
+    limit, verdict = decide(measured)
     rows.append(
         row(
             context,
@@ -156,7 +171,8 @@ def run_validate(
     return ValidateOut(
         artifact=compiled.record,
         chosen=chosen,
-        limit_ms=limit_ms,
+        limit_ms=limit.ms,
+        limit_upper_ms=limit.upper_ms,
         verdict=verdict,
         measurements=tuple(measured.values()),
         teacher_accuracy=float(teacher_scores.mean()),
@@ -166,6 +182,13 @@ def run_validate(
         parity=parity,
         rows=tuple(rows),
     )
+
+
+def _nonce(scratch: Path) -> str:
+    path = scratch / "nonce"
+    if not path.is_file():
+        write_atomic(path, new_nonce().encode())
+    return path.read_text(encoding="utf-8")
 
 
 def _device_parity(context: Context, model: StoredArtifact, compiled: StoredArtifact) -> tuple[HopParity, ...]:

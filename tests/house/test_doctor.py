@@ -10,6 +10,8 @@ import pytest
 
 from edgekd import doctor
 from edgekd.errors import ConfigError
+from edgekd.profile_file import load_profile
+from edgekd.records import Fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,8 +103,11 @@ def test_targets_are_opened_or_say_why_not(tmp_path: Path, monkeypatch: pytest.M
     assert rows["null"].simulated == "null"
     assert not rows["null"].proven_on_hardware
     assert rows["null"].device["runtime"] == "null"
-    assert rows["local"].proven_on_hardware
-    assert rows["local"].proof
+    assert rows["local"].proven_on_hardware is load_profile("local").proven_here(Fingerprint(fields=rows["local"].device))
+    assert rows["local"].hardware.startswith("yes: " if rows["local"].proven_on_hardware else "never ran on real hardware of this kind")
+    untried = {row.profile: row for row in doctor.check_targets(open_them=False)}
+    assert (untried["local"].proven_on_hardware, untried["null"].hardware) == (None, "never ran on real hardware")
+    assert untried["local"].hardware.startswith("on x86_64 avx512 vnni")
     for name, says in (("broken", "thread"), ("gone", "onnxruntime (did you mean this?)"), ("picky", "noise")):
         assert not rows[name].ready
         assert says in rows[name].problem

@@ -94,7 +94,7 @@ def test_quantize_only_ends_in_a_bundle_on_the_local_target(python: Path, tmp_pa
     assert {row["stage"] for row in body["ledger"]["rows"]} >= {"baseline", "quantize", "validate"}
     manifest = open_bundle(tmp_path / "run" / "bundle").manifest
     assert "torch" not in manifest.versions
-    assert manifest.profile == "local"
+    assert manifest.profile.name == "local"
 
 
 @pytest.mark.slow

@@ -70,9 +70,9 @@ def home() -> Path:
     return place
 
 
-def quantized(run_dir: Path, *, target: str = "null", options: Options | None = None, budget: Budget | None = None) -> Path:
+def quantized(run_dir: Path, *, target: str = "null", options: Options | None = None, budget: Budget | None = None, overrides: tuple[str, ...] = ()) -> Path:
     """The bundle of `quantize_only` on the net."""
-    with connect(target) as live:
+    with connect(target, overrides=overrides) as live:
         result = quantize_only(
             home() / "net.onnx",
             home() / "data",

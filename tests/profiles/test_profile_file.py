@@ -39,13 +39,13 @@ def test_local_has_the_defaults_of_the_record_and_says_what_proved_it() -> None:
     assert profile.measure == MeasureConfig()
     assert (profile.transport.kind, profile.runtime.kind, profile.runtime.threads) == ("local", "onnxruntime", 1)
     assert profile.runtime.precisions == (Precision.INT8, Precision.FP32)
-    assert profile.proven_on_hardware
+    assert profile.proven_on == ("x86_64 avx512 vnni",)
     assert "AVX512-VNNI" in profile.proof
 
 
 def test_null_is_not_proven_on_hardware() -> None:
     profile = load_profile("null")
-    assert not profile.proven_on_hardware
+    assert profile.proven_on == ()
     assert "simulated" in profile.proof
 
 
@@ -126,7 +126,8 @@ def test_an_unreadable_file_is_a_profile_error(tmp_path: Path) -> None:
         ("measure.screen.launch.warmup_min_s = 9.0", ("warmup_max_s",)),
         ("measure.limits.steal = 0.1", ("steal_max (did you mean this?)",)),
         ("identity = []", ("at least one field",)),
-        ("proven_on_hardware = 1", ("true or false",)),
+        ("proven_on = true", ("list of (text)",)),
+        ('proven_on = [" "]', ("x86_64 avx512 vnni",)),
         ('type = "edgekd.profile/1"', ("unknown key",)),
     ],
 )

@@ -1,0 +1,184 @@
+"""A bundle's terms: the profile and the task that judged it travel as data, and nothing in them may name code, a path or a host to reach."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgekd.contracts import Task
+from edgekd.errors import BundleError, ConfigError, near_names
+from edgekd.profile_fields import plain, toml_text
+from edgekd.profile_file import list_profiles
+from edgekd.provenance import code_hash, describe_factory
+from edgekd.records import Manifest, Profile, TransportConfig
+from edgekd.tasks import Classification, MultiTask, Regression, as_task, task_from
+
+_REACHED = ("local",)
+"""The transports that a bundle may ask for by itself: they reach no other machine."""
+
+
+# ---------------------------------------------------------------------------------------------- the profile
+
+
+def portable(profile: Profile) -> tuple[Profile, tuple[str, ...]]:
+    """The profile as it may travel in a bundle, and the keys that had to stay behind.
+
+    Of the transport only its kind travels. Of the runtime's options numbers and yes or no travel; a text may be a path, a library or a secret.
+    """
+    known = TransportConfig(kind=profile.transport.kind)
+    behind = [f"transport.{name}" for name in known.__struct_fields__ if getattr(profile.transport, name) != getattr(known, name)]
+    options = {key: value for key, value in profile.runtime.options.items() if not isinstance(value, str)}
+    behind += [f"runtime.options.{key}" for key in sorted(set(profile.runtime.options) - set(options))]
+    return msgspec.structs.replace(profile, transport=known, runtime=msgspec.structs.replace(profile.runtime, options=options)), tuple(behind)
+
+
+def profile_of(manifest: Manifest) -> Profile:
+    """The bundle's own profile, if this machine may act on it without being asked.
+
+    Raises:
+        BundleError: it reaches another machine, or holds what `portable` leaves behind.
+    """
+    profile = manifest.profile
+    if profile.transport.kind not in _REACHED:
+        raise BundleError(
+            "the bundle's profile reaches its device in a way that a bundle cannot ask for",
+            found=f'transport.kind = "{profile.transport.kind}"',
+            allowed=", ".join(_REACHED),
+            hint="name the target yourself: --target NAME, or the path of a profile",
+            subject=profile.name,
+        )
+    behind = portable(profile)[1]
+    if behind:
+        raise BundleError(
+            "the bundle's profile sets what a bundle may not bring",
+            found=", ".join(behind),
+            allowed="a transport's kind; numbers and true or false as options of the runtime",
+            hint="name the target yourself: --target NAME, or the path of a profile",
+            subject=profile.name,
+        )
+    return profile
+
+
+def differences(bundle: Profile, other: Profile) -> tuple[str, ...]:
+    """What another profile sets otherwise than the bundle's, for example `measure.verdict.launches is 10, in the bundle 20`."""
+    theirs, ours = dict(_fields(plain(portable(bundle)[0]))), dict(_fields(plain(portable(other)[0])))
+    words = ("description", "proof", "name")
+    keys = [key for key in sorted(theirs | ours) if key not in words and theirs.get(key, _ABSENT) != ours.get(key, _ABSENT)]
+    return tuple(f"{key} is {_text(ours.get(key, _ABSENT))}, in the bundle {_text(theirs.get(key, _ABSENT))}" for key in keys)
+
+
+_ABSENT = object()
+
+
+def _text(value: object) -> str:
+    return "not set" if value is _ABSENT else toml_text(value)
+
+
+def _fields(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def profile_here(name: str) -> Profile | None:
+    """The profile that this name stands for here and now; a name from a bundle is compared with those on the search path, never opened as a path."""
+    return next((entry.profile for entry in list_profiles() if entry.name == name), None)
+
+
+# ---------------------------------------------------------------------------------------------- the task
+
+
+def own_code(task: Task) -> tuple[str, str]:
+    """`module:qualname` and source hash of a task that a gate cannot make from its description; two empty texts for edgekd's own.
+
+    The name of a class that cannot be imported stands as it is, for example `__main__:Mine`.
+    """
+    parts = list(task.tasks.values()) if isinstance(task, MultiTask) else []
+    if type(task) in (Classification, Regression, MultiTask) and all(type(part) in (Classification, Regression) for part in parts):
+        return "", ""
+    mine = next((one for one in (task, *parts) if type(one) not in (Classification, Regression, MultiTask)), task)
+    return f"{type(mine).__module__}:{type(mine).__qualname__}", code_hash(type(mine))
+
+
+def own_task_text(task: Task) -> str:
+    """What a gate needs because the task is the user's own; empty for edgekd's own."""
+    name, _ = own_code(task)
+    if not name:
+        return ""
+    why = describe_factory(type(task)).rebuildable
+    asks = f"the task is your own class {name}: a gate imports nothing that a bundle names, so it needs --task MODULE:NAME with this source"
+    return asks if why == "yes" else f"{asks}; and it cannot be imported: {why.replace('factory', 'class')}"
+
+
+def task_of(manifest: Manifest, given: Task | str | None, folder: Path) -> Task:
+    """The task that judges: made from the manifest's description, or the user's own, which the caller must give or name.
+
+    `given` is a task, or `module:name` of one, of its class, or of a function that gives it; the current folder is looked in first.
+    `folder` is the bundle's.
+
+    Raises:
+        ConfigError: the name leads nowhere, or to no task, or the current folder lies in the bundle, whose files are not imported.
+        BundleError: the bundle was judged by a task of its maker's own and none is given, or the given one is another.
+    """
+    if given is None:
+        if manifest.task_code:
+            raise BundleError(
+                "the bundle was judged by a task that is not edgekd's, and a gate imports nothing that a bundle names",
+                found=manifest.task_code,
+                hint=f"if you trust this code: --task {manifest.task_code}, or task= with the object",
+                subject=manifest.task_code,
+            )
+        return task_from(manifest.task)
+    task = as_task(_named(given, folder)) if isinstance(given, str) else as_task(given)
+    name, digest = own_code(task)
+    if task.describe() != manifest.task or name != manifest.task_code:
+        raise BundleError(
+            "this is not the task that the bundle was judged by",
+            found=f"{name or 'edgekd'}: {task.describe()}",
+            allowed=f"{manifest.task_code or 'edgekd'}: {manifest.task}",
+            hint="give the one that the run was given",
+            subject=manifest.task_code,
+        )
+    if digest != manifest.task_hash:
+        raise BundleError(
+            "the task's source changed since the bundle was judged",
+            found=f"{name} with SHA-256 {digest[:16]}",
+            allowed=f"SHA-256 {manifest.task_hash[:16]}",
+            hint="restore the module's file, or make the bundle again",
+            subject=name,
+        )
+    return task
+
+
+def _named(text: str, bundle: Path) -> Any:
+    """The object called `module:name`; a class or a function is called without arguments."""
+    module_name, colon, name = text.partition(":")
+    if not colon or not module_name or not name:
+        raise ConfigError("this is not module:name", found=text, allowed="for example my_tasks:TopFive", subject=text)
+    here = Path.cwd()
+    if here.resolve().is_relative_to(bundle.resolve()):
+        raise ConfigError("code is not imported from a bundle", found=f"the current folder {here}", hint="run from another folder", subject=text)
+    sys.path.insert(0, str(here))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"the task's module {module_name!r} cannot be imported", found=str(error), hint="run from the folder that holds it, or install it", subject=text
+        ) from error
+    finally:
+        sys.path.remove(str(here))
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(
+                f"{module_name} has no {name!r}", found=text, allowed=near_names(part, [key for key in vars(found) if key[0] != "_"]), subject=text
+            )
+        found = getattr(found, part)
+    return found() if inspect.isroutine(found) or inspect.isclass(found) else found

@@ -1,0 +1,270 @@
+"""A bundle's terms: its own profile judges, nothing in it names code, a path or a host, and a task of one's own is named by the call."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from edgekd.bundle import MANIFEST, open_bundle
+from edgekd.cli.main import cli
+from edgekd.errors import BundleError, ConfigError, ProfileError
+from edgekd.gating import gate, validate
+from edgekd.options import Options
+from edgekd.quantize_only import quantize_only
+from edgekd.records import Budget, Ledger, Manifest, Outcome, RuntimeConfig, TransportConfig
+from edgekd.result import RunSummary
+from edgekd.target import connect
+from edgekd.tasks import Classification, Regression
+from edgekd.teachers import OnnxTeacher
+from tests.pipeline.bundle_kit import bundle_copy, home, quantized, resealed, save_inputs
+
+
+def edgekd(*args: object) -> Result:
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return bundle_copy(tmp_path / "bundle")
+
+
+# ------------------------------------------------------------------------------------------ the profile
+
+SHORTER = ("measure.verdict.launches=12", "runtime.threads=2")
+
+
+@pytest.fixture(scope="module")
+def overridden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a run whose profile was overridden in the call."""
+    return quantized(tmp_path_factory.mktemp("overridden") / "run", target="null", overrides=SHORTER)
+
+
+def test_profile_in_the_bundle_judges_without_being_given_again(overridden: Path) -> None:
+    result = gate(overridden, accept_simulated=True)
+    assert result.verdict.outcome is Outcome.PASS
+    assert result.measurement is not None
+    assert (len(result.measurement.launches), result.measurement.fingerprint.fields["threads"]) == (12, "2")
+    assert result.judged_by == "the bundle's own profile 'null'"
+    assert result.differences == (
+        "measure.verdict.launches is 20, in the bundle 12",
+        "runtime.threads is 1, in the bundle 2",
+    )
+
+
+def test_target_and_overrides_of_the_call_go_before_the_profile_in_the_bundle(overridden: Path) -> None:
+    today = gate(overridden, target="null", accept_simulated=True)
+    assert today.verdict.outcome is Outcome.REFUSE
+    assert "threads is 1 and was 2" in today.verdict.reason
+    assert today.judged_by == "the profile 'null' named in the call"
+    changed = gate(overridden, overrides=("measure.verdict.launches=14",), accept_simulated=True)
+    assert changed.measurement is not None
+    assert len(changed.measurement.launches) == 14
+    assert changed.judged_by == "the bundle's own profile 'null', with measure.verdict.launches=14"
+    with connect("null") as live, pytest.raises(ConfigError, match="live target"):
+        gate(overridden, target=live, overrides=SHORTER)
+
+
+def test_outputs_say_which_profile_judged(overridden: Path, tmp_path: Path) -> None:
+    done = edgekd("gate", overridden, "--accept-simulated", "--json", tmp_path / "gate.json")
+    assert done.exit_code == 0
+    assert "judged by the bundle's own profile 'null'; the profile differs: measure.verdict.launches is 20, in the bundle 12" in done.stderr
+    conditions = json.loads((tmp_path / "gate.json").read_text())["conditions"]
+    assert conditions["judged by"] == "the bundle's own profile 'null'"
+    assert conditions["profile differs"].endswith("runtime.threads is 1, in the bundle 2")
+    assert "the bundle's own profile 'null'" in edgekd("validate", overridden, "--accept-simulated").stdout
+
+
+def with_profile(bundle: Path, **changes: Any) -> Path:
+    """The bundle with fields of its profile changed: what a person with the tools could ship."""
+    return resealed(bundle, profile=msgspec.structs.replace(Manifest.load(bundle / MANIFEST).profile, **changes))
+
+
+@pytest.mark.parametrize("name", ["board-7", "../../profiles/board", "/etc/board.toml", "./board.toml"])
+def test_profile_s_name_in_a_bundle_is_a_word_and_never_a_path(bundle: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "board.toml").write_text('description = "d"\n[runtime]\nkind = "null"\nthreads = 7\n')
+    result = gate(with_profile(bundle, name=name), accept_simulated=True)
+    assert result.verdict.outcome is Outcome.PASS
+    assert result.differences == (), "no file of that name was opened"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"transport": TransportConfig(kind="ssh", host="10.0.0.7")}, 'transport.kind = "ssh"'),
+        ({"transport": TransportConfig(kind="local", host="10.0.0.7", user="root")}, "transport.host, transport.user"),
+        ({"transport": TransportConfig(python="/tmp/python")}, "transport.python"),
+        ({"transport": TransportConfig(workdir="/root/.ssh")}, "transport.workdir"),
+        ({"runtime": RuntimeConfig(kind="onnxruntime", options={"lock": "/etc/passwd"})}, "runtime.options.lock"),
+    ],
+)
+def test_bundle_brings_no_host_and_no_path_and_a_target_of_the_call_helps(bundle: Path, changes: dict[str, Any], says: str) -> None:
+    before = sorted(path.name for path in bundle.rglob("*"))
+    changed = with_profile(bundle, **changes)
+    with pytest.raises(BundleError, match="--target NAME") as caught:
+        gate(changed, accept_simulated=True)
+    assert says in str(caught.value)
+    with pytest.raises(BundleError, match="--target NAME"):
+        gate(changed, overrides=("runtime.threads=1",), accept_simulated=True)
+    assert validate(changed, target="null", accept_simulated=True).outcome is Outcome.PASS
+    assert sorted(path.name for path in bundle.rglob("*")) == before
+
+
+def test_runtime_that_no_plug_in_provides_is_named(bundle: Path) -> None:
+    with pytest.raises(ProfileError, match=r"os\.path:join"):
+        gate(with_profile(bundle, runtime=RuntimeConfig(kind="os.path:join")))
+
+
+def test_profile_of_a_bundle_is_checked_like_a_file(bundle: Path) -> None:
+    with pytest.raises(ProfileError, match="at least one field"):
+        gate(with_profile(bundle, identity=()))
+
+
+def test_what_may_not_travel_stays_behind_and_the_ledger_names_it(tmp_path: Path) -> None:
+    bundle = quantized(tmp_path / "run", overrides=(f"transport.workdir={tmp_path / 'device'}", "transport.host=board-7.lan"))
+    manifest = open_bundle(bundle).manifest
+    assert manifest.profile.transport == TransportConfig()
+    assert str(tmp_path) not in (bundle / MANIFEST).read_text()
+    (row,) = [row for row in Ledger.load(tmp_path / "run" / "ledger.json").rows if row.step == "profile of a gate"]
+    assert row.reason.startswith("not in the bundle: transport.host, transport.workdir")
+    assert validate(bundle, accept_simulated=True).outcome is Outcome.PASS
+
+
+# ------------------------------------------------------------------------------------------ a task of one's own
+
+TASK = """
+import numpy as np
+
+from edgekd import Classification
+
+
+class TopTwo(Classification):
+    def scores(self, outputs, targets):
+        best = np.argsort(outputs["y"], axis=1)[:, -2:]
+        return (best == np.asarray(targets)[:, None]).any(axis=1).astype(np.float64)
+
+
+def top_two():
+    return TopTwo()
+
+
+print("imported")
+"""
+
+
+@pytest.fixture
+def judged_by_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A bundle that was judged by a user's own task, whose module lies in the current folder, which is not on the path."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "own_task_of_a_test.py").write_text(TASK)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(code))
+        task = importlib.import_module("own_task_of_a_test").TopTwo()
+        data = save_inputs(tmp_path / "data")
+        np.save(data / "targets.npy", np.argsort(OnnxTeacher(home() / "net.onnx").outputs({"x": np.load(data / "x.npy")})["y"], axis=1)[:, -2])
+        run = tmp_path / "run"
+        with connect("null") as live:
+            quantize_only(
+                home() / "net.onnx",
+                data,
+                target=live,
+                task=task,
+                budget=Budget(latency_share=0.9, max_drop=0.5),
+                run_dir=run,
+                options=Options(accept_simulated=True),
+            )
+    sys.modules.pop("own_task_of_a_test")
+    monkeypatch.chdir(code)
+    yield run
+    sys.modules.pop("own_task_of_a_test", None)
+
+
+def test_own_task_is_named_when_the_bundle_is_made(judged_by_own_task: Path) -> None:
+    run = judged_by_own_task
+    (row,) = [row for row in Ledger.load(run / "ledger.json").rows if row.step == "task of a gate"]
+    assert "own_task_of_a_test:TopTwo" in row.reason
+    assert "--task" in row.reason
+    assert row.reason in [json.loads(line)["text"] for line in (run / "events.jsonl").read_text().splitlines()], "told at once, and so printed by the command"
+
+
+def test_own_task_is_not_imported_because_a_bundle_names_it(judged_by_own_task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BundleError, match="--task own_task_of_a_test:TopTwo"):
+        gate(judged_by_own_task / "bundle", accept_simulated=True)
+    assert "own_task_of_a_test" not in sys.modules
+    assert "imported" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["TopTwo", "top_two"])
+def test_own_task_judges_when_the_call_names_it(judged_by_own_task: Path, name: str) -> None:
+    before = list(sys.path)
+    result = gate(judged_by_own_task / "bundle", task=f"own_task_of_a_test:{name}", accept_simulated=True)
+    assert result.verdict.outcome is Outcome.PASS
+    assert result.teacher_accuracy == 1.0, "a plain classification would find every item wrong"
+    assert result.task == "own_task_of_a_test:TopTwo, given in the call"
+    assert sys.path == before
+    assert edgekd("gate", judged_by_own_task / "bundle", "--task", f"own_task_of_a_test:{name}", "--accept-simulated").exit_code == 0
+
+
+def test_another_task_or_another_source_is_refused(judged_by_own_task: Path) -> None:
+    bundle = judged_by_own_task / "bundle"
+    with pytest.raises(BundleError, match="not the task"):
+        gate(bundle, task=Classification(), accept_simulated=True)
+    for wrong, says in (
+        ("own_task_of_a_test", "module:function|module:name"),
+        ("no_such_module_here:T", "cannot be imported"),
+        ("own_task_of_a_test:TopTow", "TopTwo"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            gate(bundle, task=wrong, accept_simulated=True)
+    sys.modules.pop("own_task_of_a_test", None)
+    importlib.invalidate_caches()
+    source = Path("own_task_of_a_test.py")
+    source.write_text(TASK.replace("-2:", "-3:"))
+    with pytest.raises(BundleError, match="source changed"):
+        gate(bundle, task="own_task_of_a_test:TopTwo", accept_simulated=True)
+
+
+def test_no_code_is_imported_from_inside_a_bundle(judged_by_own_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = judged_by_own_task / "bundle"
+    (bundle / "own_task_of_a_test.py").write_text(TASK)
+    monkeypatch.chdir(bundle)
+    with pytest.raises(ConfigError, match="from another folder"):
+        gate(resealed(bundle), task="own_task_of_a_test:TopTwo", accept_simulated=True)
+    assert "own_task_of_a_test" not in sys.modules
+
+
+def test_edgekd_s_own_task_needs_no_name_and_takes_only_its_like(bundle: Path) -> None:
+    assert gate(bundle, accept_simulated=True).task == "edgekd's classification"
+    with pytest.raises(BundleError, match="not the task"):
+        gate(bundle, task=Regression(), accept_simulated=True)
+
+
+# ------------------------------------------------------------------------------------------ what a run leaves
+
+
+@pytest.mark.torch
+def test_bundle_of_an_earlier_run_is_removed_when_a_run_ends_without_an_artifact(tmp_path: Path) -> None:
+    from tests.pipeline import pipeline_kit as kit
+
+    run = tmp_path / "run"
+    over = kit.options(bundle_data_mb=0.001, allow_extreme=True)
+    first = kit.run("classification", run, student=kit.fixed("classification"), options=over)
+    assert first.bundle == run / "bundle"
+    assert (run / "bundle").is_dir()
+    assert (run / "evaluation").is_dir()
+    ended = kit.run("classification", run, student=kit.family("classification", width=[8, 16]), budget=Budget(latency_ms=1e-4), options=over)
+    assert ended.bundle is None
+    assert ended.verdict.outcome is not Outcome.PASS
+    assert not (run / "bundle").exists()
+    assert not (run / "evaluation").exists()
+    assert RunSummary.load(run / "run.json").bundle == ""
