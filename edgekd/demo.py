@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.contracts import Callback, Target
+from edgekd.contracts import Target
 from edgekd.data import make_split
+from edgekd.distill.progress import ProgressBar
 from edgekd.errors import MissingDependency
 from edgekd.options import Options, QuantizeOptions, SearchOptions, TrainOptions
 from edgekd.pipeline import compress
+from edgekd.progress import print_event
 from edgekd.records import Budget, Record
 from edgekd.result import Result
 from edgekd.spaces import Family
-from edgekd.stages import Event, Listener
+from edgekd.stages import Event
 from edgekd.target import connect
 from edgekd.tasks import Classification
 
@@ -118,8 +120,7 @@ def run_demo(
     seed: int = 0,
     target: str = "local",
     overrides: Sequence[str] = (),
-    callbacks: Sequence[Callback] = (),
-    listener: Listener | None = None,
+    progress: bool = True,
     accept_simulated: bool = False,
 ) -> Result:
     """The whole pipeline on the digits: a teacher of at least 1 ms, a student under half its latency at the median, at most 0.03 less accurate.
@@ -134,8 +135,8 @@ def run_demo(
     place.mkdir(parents=True, exist_ok=True)
 
     def say(text: str) -> None:
-        if listener is not None:
-            listener(Event("teacher", "note", text))
+        if progress:
+            print_event(Event("teacher", "note", text))
 
     train, validation, test = digits()
     task = Classification(labels=[str(digit) for digit in range(10)])
@@ -152,7 +153,7 @@ def run_demo(
             seed=seed,
             folder=place / "teacher",
             label="teacher",
-            callbacks=callbacks,
+            callbacks=(ProgressBar(),) if progress else (),
         )
         say(f"the teacher reaches {trained.record.validation:.4f} {task.metric} on validation")
         return compress(
@@ -168,8 +169,7 @@ def run_demo(
             seed=seed,
             options=_accepting(_STUDENT, accept_simulated),
             augment=shift,
-            callbacks=callbacks,
-            listener=listener,
+            progress=progress,
         )
 
 

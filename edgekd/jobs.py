@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import BudgetError, DataError, near_names
+from edgekd.errors import BudgetError, near_names
 from edgekd.options import Options, QuantizeOptions, SearchOptions, TrainOptions
 from edgekd.records import Budget, Record
 from edgekd.records.model import NonNegative
 from edgekd.toml_file import TomlText, apply_overrides, check_known, load_toml, parse_overrides, to_record
 
 if TYPE_CHECKING:
-    from edgekd.contracts import Callback, StudentSpace, Target
+    from edgekd.contracts import StudentSpace, Target
     from edgekd.planning import Plan
     from edgekd.result import Result
-    from edgekd.stages import Listener
 
 _PROFILE_TABLES = ("transport", "runtime", "measure")
 """What `--set` addresses in the target's profile; every other name is one of the job's."""
@@ -89,7 +88,7 @@ class Job:
         name = self.spec.target
         return str(self.folder / name) if "/" in name or name.endswith(".toml") else name
 
-    def run(self, *, run_dir: Path | None = None, callbacks: Sequence[Callback] = (), listener: Listener | None = None) -> Result:
+    def run(self, *, run_dir: Path | None = None, progress: bool = True) -> Result:
         """The result of `edgekd.compress` on this job; a killed run goes on when it is called again.
 
         Raises:
@@ -99,7 +98,7 @@ class Job:
         from edgekd.target import connect
 
         with self.first_on_path(), connect(self.target, overrides=self.spec.profile) as target:
-            return compress(**self.arguments(target, run_dir), callbacks=callbacks, listener=listener)
+            return compress(**self.arguments(target, run_dir), progress=progress)
 
     def plan(self, *, run_dir: Path | None = None) -> Plan:
         """What `run` would do, without doing it: stages, measurements, minutes and disk."""
@@ -154,6 +153,8 @@ class Job:
         text = getattr(self.spec.data, name)
         folder = self.folder / text
         if folder.is_dir():
+            from edgekd.npy import load_folder
+
             return load_folder(folder)
         if ":" not in text:
             raise self.document.problem(
@@ -273,28 +274,3 @@ _EXAMPLES = {
     "budget": "[budget] with latency_ms = 0.30",
     "student": '[student] with factory = "model:make_net" and choices = { width = [8, 16] }, or fixed = "model:net"',
 }
-
-
-def load_folder(folder: Path) -> Any:
-    """The `edgekd.Arrays` in a folder: `targets.npy` (or `targets.NAME.npy`), every other `.npy` is the input of that name.
-
-    Raises:
-        DataError: there are no inputs, or a file is no plain array.
-    """
-    import numpy as np
-
-    from edgekd.data import Arrays
-
-    inputs, targets = {}, {}
-    for path in sorted(folder.glob("*.npy")):
-        try:
-            value = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a plain array", found=str(error).splitlines()[0], hint="save it with numpy.save", subject=path) from error
-        if path.stem == "targets" or path.stem.startswith("targets."):
-            targets[path.stem.removeprefix("targets").removeprefix(".")] = value
-        else:
-            inputs[path.stem] = value
-    if not inputs:
-        raise DataError("the folder holds no inputs", found=str(folder), allowed="NAME.npy for each input, and targets.npy", subject=folder)
-    return Arrays(inputs, targets.get("", targets or None))

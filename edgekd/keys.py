@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from edgekd.tree import to_numpy
 
@@ -20,6 +21,23 @@ def array_hash(arrays: Mapping[str, Any]) -> str:
         digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def item_digests(inputs: Mapping[str, Any]) -> NDArray[np.uint64]:
+    """One 64-bit digest per item over dtypes, shapes and bytes of all its inputs in the order of their names, `(items,)`.
+
+    The names themselves are left out: two splits may come from sources that name their input differently.
+    """
+    arrays = [np.ascontiguousarray(to_numpy(inputs[name])) for name in sorted(inputs)]
+    heads = [f"{array.dtype.str}|{array.shape[1:]}|".encode() for array in arrays]
+    out = bytearray()
+    for position in range(len(arrays[0])):
+        digest = hashlib.blake2b(digest_size=8)
+        for head, array in zip(heads, arrays, strict=True):
+            digest.update(head)
+            digest.update(array[position].tobytes())
+        out += digest.digest()
+    return np.frombuffer(bytes(out), dtype=np.uint64)
 
 
 def stage_key(stage: str, version: int, parents: Mapping[str, str], inputs: Mapping[str, Any]) -> str:

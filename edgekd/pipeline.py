@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from edgekd.caches import CACHE_NAME
 from edgekd.contracts import Callback, StudentSpace, Target, Task
 from edgekd.data import Augment, make_split
+from edgekd.distill.progress import ProgressBar
 from edgekd.errors import ConfigError
 from edgekd.options import Options
+from edgekd.progress import print_event
 from edgekd.records import Budget
 from edgekd.result import Result
 from edgekd.road import Road
@@ -34,15 +36,14 @@ def make_context(
     target: Target,
     budget: Budget,
     student: StudentSpace,
-    run_dir: Path,
-    seed: int,
-    options: Options | None,
-    augment: Augment | None,
-    cache_dir: Path | None,
-    callbacks: Sequence[Callback],
     store: StageStore,
+    seed: int = 0,
+    options: Options | None = None,
+    augment: Augment | None = None,
+    cache_dir: Path | str | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Context:
-    """The run's context, with every argument checked for its kind."""
+    """The context of a run in the store's folder, with every argument of `compress` checked for its kind."""
     known = as_teacher(teacher)
     meaning = as_task(task)
     names = forward_names(known.module) if known.module is not None else ()
@@ -71,7 +72,7 @@ def make_context(
         options=options or Options(),
         seed=seed,
         store=store,
-        cache_dir=cache_dir or run_dir.parent / CACHE_NAME,
+        cache_dir=store.run_dir.parent / CACHE_NAME if cache_dir is None else Path(cache_dir),
         callbacks=callbacks,
     )
 
@@ -93,6 +94,7 @@ def compress(
     cache_dir: Path | str | None = None,
     callbacks: Sequence[Callback] = (),
     listener: Listener | None = None,
+    progress: bool = True,
 ) -> Result:
     """The most accurate student that meets the budget as measured on the target, with its evidence.
 
@@ -100,13 +102,15 @@ def compress(
     `validation` and `test` are DataLoaders, data sets, `edgekd.Arrays` or `(inputs, targets)`. The student is chosen and trained on
     train and validation only. A run that was killed goes on where it stopped when it is called again with the same `run_dir`.
 
+    `progress` prints the stages and a bar of each training on standard error; `listener` hears the same events, `callbacks` the trainings.
+
     Raises:
         InputError: an argument, the data or the teacher cannot be used.
         DeviceError: the device failed.
         StorageError: the disk is full; finished stages are kept.
     """
-    place = Path(run_dir)
-    with StageStore(place, listener) as store:
+    listeners = ([print_event] if progress else []) + ([] if listener is None else [listener])
+    with StageStore(Path(run_dir), *listeners) as store:
         context = make_context(
             teacher,
             task=task,
@@ -116,52 +120,18 @@ def compress(
             target=target,
             budget=budget,
             student=student,
-            run_dir=place,
+            store=store,
             seed=seed,
             options=options,
             augment=augment,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            callbacks=callbacks,
-            store=store,
+            cache_dir=cache_dir,
+            callbacks=(*callbacks, ProgressBar()) if progress else callbacks,
         )
         return Road(context).run()
 
 
-def plan(
-    teacher: Any,
-    *,
-    task: str | Task,
-    train: Any,
-    validation: Any,
-    test: Any,
-    target: Target,
-    budget: Budget,
-    student: StudentSpace,
-    run_dir: Path | str,
-    seed: int = 0,
-    options: Options | None = None,
-    augment: Augment | None = None,
-    cache_dir: Path | str | None = None,
-) -> Plan:
+def plan(teacher: Any, *, run_dir: Path | str, **arguments: Any) -> Plan:
     """What `compress` with the same arguments would do: stages, measurements, minutes and disk. Nothing is trained or measured."""
     from edgekd.planning import make_plan
 
-    place = Path(run_dir)
-    context = make_context(
-        teacher,
-        task=task,
-        train=train,
-        validation=validation,
-        test=test,
-        target=target,
-        budget=budget,
-        student=student,
-        run_dir=place,
-        seed=seed,
-        options=options,
-        augment=augment,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
-        callbacks=(),
-        store=StageStore(place),
-    )
-    return make_plan(context, place)
+    return make_plan(make_context(teacher, store=StageStore(Path(run_dir)), **arguments))

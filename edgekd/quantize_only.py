@@ -9,20 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.benching import load_inputs
 from edgekd.contracts import Array, Target, Task
 from edgekd.data import Arrays
 from edgekd.errors import ConfigError, DataError, near_names
+from edgekd.npy import load_inputs, read_array
 from edgekd.onnx_io import import_onnx
 from edgekd.options import Options
 from edgekd.pipeline import compress
 from edgekd.records import Budget, IOSpec
 from edgekd.result import Result
 from edgekd.spaces import Fixed
-from edgekd.stages import Listener
 from edgekd.tasks import Classification, MultiTask, Regression
 from edgekd.teachers import OnnxTeacher
-from edgekd.tree import first_line
 
 _SHARES = (0.4, 0.2)
 """Of the samples: calibration, then validation; the rest is the test split. A seeded shuffle comes first."""
@@ -41,7 +39,7 @@ def quantize_only(
     seed: int = 0,
     options: Options | None = None,
     task: str | Task | None = None,
-    listener: Listener | None = None,
+    progress: bool = True,
 ) -> Result:
     """The ONNX file made as fast as the target allows without training, judged against the file itself.
 
@@ -81,7 +79,7 @@ def quantize_only(
         run_dir=run_dir,
         seed=seed,
         options=options,
-        listener=listener,
+        progress=progress,
     )
 
 
@@ -152,10 +150,7 @@ def _is_classes(output: Array, task: str | None, targets: Array | None) -> bool:
 
 
 def _load(path: Path, count: int) -> Array:
-    try:
-        value: Array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a plain array", found=first_line(error), hint="save it with numpy.save", subject=path) from error
+    value = read_array(path)
     if value.ndim == 0 or len(value) != count:
         raise DataError(f"{path.name} does not have one entry per sample", found=len(value) if value.ndim else "one number", allowed=count, subject=path)
     return value

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from edgekd.records import Ledger, Verdict
-    from edgekd.stages import Event
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -78,12 +77,6 @@ def print_json(value: Any) -> None:
 def say(text: str) -> None:
     """A line on standard error, for progress."""
     click.echo(text, err=True)
-
-
-def tell(event: Event) -> None:
-    """A stage's event as a line on standard error."""
-    took = f" ({event.seconds:.1f} s)" if event.kind == "finished" else ""
-    say(f"{event.stage}: {event.text}" if event.kind == "note" else f"{event.stage}: {event.kind}{took}: {event.text}")
 
 
 def launch_progress(label: str, done: int, total: int) -> None:

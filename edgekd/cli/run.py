@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.cli.common import FILE, FOLDER, json_option, print_json, print_ledger, print_table, print_verdict, require, say, set_option, target_option, tell
+from edgekd.cli.common import FILE, FOLDER, json_option, print_json, print_ledger, print_table, print_verdict, require, say, set_option, target_option
 
 if TYPE_CHECKING:
-    from edgekd.contracts import Callback
     from edgekd.result import Result
 
 _ONLY_ONNX = {
@@ -73,10 +72,9 @@ def demo(run_dir: Path, target: str, overrides: tuple[str, ...], seed: int, acce
     require("torch", "distill", "edgekd demo")
     require("sklearn", "demo", "edgekd demo")
     from edgekd.demo import run_demo
-    from edgekd.distill.progress import ProgressBar
 
     start = time.monotonic()
-    result = run_demo(run_dir, seed=seed, target=target, overrides=overrides, callbacks=(ProgressBar(),), listener=tell, accept_simulated=accept_simulated)
+    result = run_demo(run_dir, seed=seed, target=target, overrides=overrides, accept_simulated=accept_simulated)
     code = _print_result(result, as_json)
     click.echo(f"wall time of the demo: {time.monotonic() - start:.0f} s", err=as_json)
     return code
@@ -140,13 +138,9 @@ def _compress_job(path: Path, overrides: tuple[str, ...], run_dir: Path | None, 
         else:
             click.echo(made.text())
         return 0
-    callbacks: tuple[Callback, ...] = ()
     if not job.spec.student.fixed.endswith(".onnx"):
         require("torch", "distill", "edgekd compress with a student that is trained")
-        from edgekd.distill.progress import ProgressBar
-
-        callbacks = (ProgressBar(),)
-    return _print_result(job.run(run_dir=run_dir, callbacks=callbacks, listener=tell), as_json)
+    return _print_result(job.run(run_dir=run_dir), as_json)
 
 
 def _quantize_only(model: Path, overrides: tuple[str, ...], run_dir: Path | None, **only: Any) -> Result:
@@ -177,7 +171,6 @@ def _quantize_only(model: Path, overrides: tuple[str, ...], run_dir: Path | None
             seed=only["seed"] or 0,
             options=options,
             task=only["task"],
-            listener=tell,
         )
 
 
@@ -221,9 +214,9 @@ def convert(model: Path, to_format: str, precision: str, calibration: Path | Non
 
 def _to_int8(source: Any, folder: Path, calibration: Path, method: str, target: str, overrides: tuple[str, ...]) -> Any:
     """The int8 artifact, after printing how its outputs compare with the source's on the calibration inputs."""
-    from edgekd.benching import load_inputs
     from edgekd.contracts import ConvertRequest
     from edgekd.errors import UnsupportedModel
+    from edgekd.npy import load_inputs
     from edgekd.parity import compare_hop
     from edgekd.quantize.calibrate import calibration_set
     from edgekd.quantize.recipes import candidate_schemes, make_recipe

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from edgekd.distill.record import TrainState
 from edgekd.errors import InputError, ModelError
-from edgekd.storage import folder_atomic, write_atomic
+from edgekd.storage import folder_atomic
 
 _PREFIX = "checkpoint-"
 
@@ -144,24 +144,3 @@ def remove_checkpoints(folder: Path) -> None:
 
 def _found(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / "state.json").is_file())
-
-
-def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write weights as safetensors, whole or not at all; equal weights give equal bytes.
-
-    Raises:
-        StorageError: the disk is full.
-    """
-    write_atomic(path, save(plain(state)))
-
-
-def load_weights(path: Path, module: torch.nn.Module) -> None:
-    """Load weights strictly: every name and shape has to be there.
-
-    Raises:
-        ModelError: the file is damaged or belongs to another architecture.
-    """
-    try:
-        module.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, RuntimeError, FileNotFoundError) as error:
-        raise ModelError("stored weights do not fit the model", found=f"{path}: {str(error).splitlines()[0]}", subject=path) from error

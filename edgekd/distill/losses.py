@@ -105,11 +105,6 @@ def mse_loss(student_values: Tensor, teacher_values: Tensor) -> Tensor:
     return F.mse_loss(student_values.float(), teacher_values.float())
 
 
-def cross_entropy_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with integer labels, mean over items (and further axes); a scalar. `labels` `(items, ...)` in [0, classes)."""
-    return F.cross_entropy(student_logits.float(), labels.long())
-
-
 def hint_loss(student_features: Tensor, teacher_features: Tensor) -> Tensor:
     """Mean squared difference between regressed student features and teacher features of the same shape; a scalar.
 

@@ -114,7 +114,7 @@ def _require() -> None:
 
 
 def _finished(student: torch.nn.Module, folder: Path, identity: str) -> TrainResult | None:
-    from edgekd.distill.checkpoint import load_weights
+    from edgekd.rebuild import load_weights
 
     if not (folder / RECORD).is_file():
         return None
@@ -123,7 +123,7 @@ def _finished(student: torch.nn.Module, folder: Path, identity: str) -> TrainRes
     weights = folder / WEIGHTS
     if not weights.is_file() or sha256_file(weights) != record.weights_sha256:
         raise ModelError("the weights of a finished training were changed", found=str(weights), hint="remove the folder; it is trained again", subject=weights)
-    load_weights(weights, student)
+    load_weights(student, weights)
     return TrainResult(student.eval(), record, weights, resumed=True)
 
 
@@ -285,14 +285,15 @@ def _finish(request: _Request, trainer: Trainer, plan: TrainPlan, source: Teache
     """Write weights, then the record that says the training is finished, then remove what only a resumption needs."""
     import torch
 
-    from edgekd.distill.checkpoint import load_weights, remove_checkpoints, save_weights
+    from edgekd.distill.checkpoint import remove_checkpoints
+    from edgekd.rebuild import save_weights
 
     student, state, objective = request.student, trainer.state, trainer.objective
     values, selected = trainer.kept_values()
     weights = request.folder / WEIGHTS
-    save_weights(weights, values)
     student.to("cpu").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    load_weights(weights, student)
+    student.load_state_dict(values)
+    save_weights(student, weights)
     kept_epoch = state.best_epoch if selected.startswith("best") else len(state.rows)
     record = TrainRecord(
         label=request.label,

@@ -89,7 +89,7 @@ def evaluate(module: nn.Module, split: Split, task: Task, device: torch.device, 
     goal: Any = {name: np.concatenate([part[name] for part in targets]) for name in targets[0]} if isinstance(targets[0], Mapping) else np.concatenate(targets)
     if not all(np.isfinite(value).all() for value in joined.values()):
         raise TrainingDiverged("the student gives NaN or infinity on the validation data", hint="lower the learning rate", subject=split.name)
-    task.check(joined, goal)
+    task.check(joined, goal, split.name)
     return float(np.mean(task.scores(joined, goal)))
 
 
@@ -277,7 +277,7 @@ class Trainer:
         inputs = [value.contiguous(memory_format=self._layout) if value.ndim == 4 else value for value in as_tensors(batch.inputs, self.device).values()]
         outputs = flatten_outputs(self._model(*inputs))
         if epoch == 0 and batch.targets is not None:
-            self._task.check({name: to_numpy(value) for name, value in outputs.items()}, batch.targets)
+            self._task.check({name: to_numpy(value) for name, value in outputs.items()}, batch.targets, "train")
         loss, parts = self._loss(batch, outputs, epoch, taps)
         values = torch.stack([loss.detach(), *(part.detach() for part in parts.values())]).tolist()
         if not np.isfinite(values).all():

@@ -1,6 +1,6 @@
 """From a float artifact to the int8 one that loses least: calibration, recipes, sensitivity, and the run that joins them."""
 
-from edgekd.quantize.calibrate import Statistics, choose_calibration, observe, refuse_overlap
+from edgekd.quantize.calibrate import Statistics, observe
 from edgekd.quantize.recipes import SCHEMES, candidate_schemes, make_recipe
 from edgekd.quantize.run import QuantizeResult, Tried, quantize
 
@@ -10,9 +10,7 @@ __all__ = [
     "Statistics",
     "Tried",
     "candidate_schemes",
-    "choose_calibration",
     "make_recipe",
     "observe",
     "quantize",
-    "refuse_overlap",
 ]

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import Array, CalibrationSet, Infer, Tensors
+from edgekd.contracts import CalibrationSet, Infer, Tensors
 from edgekd.errors import ConfigError, DataError
+from edgekd.keys import array_hash
 from edgekd.quantize.histogram import STATE_BYTES, Histogram
-
-if TYPE_CHECKING:
-    from edgekd.data import Split
 
 METHODS = ("minmax", "percentile", "entropy")
 """The calibration methods, the simplest first."""
@@ -136,37 +132,6 @@ def _check_inputs(inputs: Tensors) -> int:
     return next(iter(counts.values()))
 
 
-def sample_hashes(inputs: Tensors) -> tuple[str, ...]:
-    """One hash per sample over the bytes of all inputs, in the order of their names."""
-    names = sorted(inputs)
-    arrays = [np.ascontiguousarray(inputs[name]) for name in names]
-    hashes = []
-    for position in range(len(arrays[0]) if arrays else 0):
-        digest = hashlib.sha256()
-        for name, array in zip(names, arrays, strict=True):
-            digest.update(f"{name}:{array.dtype.str}:{array.shape[1:]};".encode())
-            digest.update(array[position].tobytes())
-        hashes.append(digest.hexdigest())
-    return tuple(hashes)
-
-
-def refuse_overlap(calibration: Tensors, test: Tensors) -> None:
-    """Raise if a calibration sample has the same content as a test sample.
-
-    Raises:
-        DataError: they overlap; calibrating on the test split makes its accuracy meaningless.
-    """
-    tested = set(sample_hashes(test))
-    shared = [position for position, digest in enumerate(sample_hashes(calibration)) if digest in tested]
-    if shared:
-        raise DataError(
-            "calibration inputs are also in the test split",
-            found=f"{len(shared)} samples, the first at position {shared[0]}",
-            allowed="none",
-            hint="take calibration inputs from the training split, and remove duplicates between the splits",
-        )
-
-
 def calibration_set(inputs: Tensors, *, split: str, indices: Sequence[int] = ()) -> CalibrationSet:
     """Inputs as a calibration set with the hash of their content.
 
@@ -174,30 +139,4 @@ def calibration_set(inputs: Tensors, *, split: str, indices: Sequence[int] = ())
         DataError: no sample, unequal counts, or values that are not finite.
     """
     _check_inputs(inputs)
-    digest = hashlib.sha256("".join(sample_hashes(inputs)).encode()).hexdigest()
-    return CalibrationSet(inputs=dict(inputs), split=split, data_hash=digest, indices=tuple(int(index) for index in indices))
-
-
-def choose_calibration(split: Split, size: int, seed: int) -> CalibrationSet:
-    """`size` samples of a split without augmentation, drawn by seed without repetition, or all if it has fewer; in index order.
-
-    Of a split without indices the first `size` samples of its stream are taken. `indices` in the result tells which.
-
-    Raises:
-        DataError: the split is empty or its data are not finite.
-    """
-    if split.indexed:
-        total = len(split)
-        chosen = np.sort(np.random.default_rng(seed).choice(total, size=min(size, total), replace=False))
-        return calibration_set(split.batch(chosen, view=None).inputs, split=split.name, indices=chosen.tolist())
-    parts: list[Mapping[str, Array]] = []
-    held = 0
-    for batch in split.stream(0):
-        parts.append(batch.inputs)
-        held += len(next(iter(batch.inputs.values())))
-        if held >= size:
-            break
-    if not parts:
-        raise DataError(f"the split {split.name!r} is empty", hint="give at least one sample", subject=split.name)
-    joined: dict[str, Any] = {name: np.concatenate([part[name] for part in parts])[:size] for name in parts[0]}
-    return calibration_set(joined, split=split.name, indices=range(min(size, held)))
+    return CalibrationSet(inputs=dict(inputs), split=split, data_hash=array_hash(inputs), indices=tuple(int(index) for index in indices))

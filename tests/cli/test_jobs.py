@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from edgekd.cli.main import cli
 from edgekd.errors import BudgetError, ConfigError, DataError
-from edgekd.jobs import Job, load_folder, load_job
+from edgekd.jobs import Job, load_job
 from edgekd.records import Profile
 from edgekd.toml_file import parse_toml, to_record
 
@@ -179,14 +179,6 @@ def test_missing_package_of_the_user_s_module_is_told_apart(job_file: Path) -> N
     (job_file.parent / "needs_more_packages.py").write_text("import no_such_package_here\n")
     with pytest.raises(ConfigError, match="needs 'no_such_package_here'"):
         arguments(load_job(job_file, ["teacher=needs_more_packages:teacher"]))
-
-
-def test_folder_of_arrays_gives_inputs_and_targets_and_refuses_pickles(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no inputs"):
-        load_folder(tmp_path)
-    np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="not a plain array"):
-        load_folder(tmp_path)
 
 
 def test_lines_are_right_behind_multi_line_texts() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import r2_score
 
+from edgekd.contracts import Task
 from edgekd.errors import ConfigError, DataError, ModelError
 from edgekd.tasks import Classification, MultiTask, Regression, as_task, task_from, unpack_batch
 from edgekd.tree import flatten_outputs
@@ -90,6 +91,34 @@ def test_labels_that_do_not_fit_are_refused(outputs: dict[str, Any], targets: An
     with pytest.raises(error) as caught:
         Classification().check(outputs, targets)
     assert text in str(caught.value)
+
+
+MAPS = {"output": RANDOM.standard_normal((6, 4, 2, 2))}
+HEADS = {"kind": LOGITS["output"], "size": np.zeros((6, 1))}
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "what"),
+    [
+        (Classification(), LOGITS, "the labels of the test split are outside the classes"),
+        (Classification(), MAPS, "the labels of the test split are outside the classes"),
+        (MultiTask({"size": Regression(), "kind": Classification()}), HEADS, "the labels of the test split are outside the classes of 'kind'"),
+    ],
+    ids=["classification", "segmentation", "multi"],
+)
+def test_labels_outside_the_classes_are_told_with_the_split_and_the_remedy(task: Task, outputs: dict[str, np.ndarray], what: str) -> None:
+    def told(labels: np.ndarray) -> DataError:
+        wanted = labels if outputs is not MAPS else np.broadcast_to(labels[:, None, None], (6, 2, 2))
+        with pytest.raises(DataError) as caught:
+            task.check(outputs, {"kind": wanted, "size": np.zeros((6, 1))} if outputs is HEADS else wanted, "test")
+        return caught.value
+
+    from_one = told(np.array([1, 2, 3, 4, 1, 2]))
+    assert (from_one.what, from_one.found, from_one.allowed, from_one.hint) == (what, "1 to 4", "0 to 3", "they start at 1: subtract 1")
+    for labels, found in (([0, 1, 2, 3, 4, 0], "0 to 4"), ([1, 2, 3, 5, 1, 2], "1 to 5"), ([-1, 0, 1, 2, 3, 0], "-1 to 3")):
+        other = told(np.array(labels))
+        assert (other.what, other.found, other.allowed) == (what, found, "0 to 3")
+        assert "label encoding" in str(other.hint)
 
 
 def test_output_that_the_model_lacks_is_refused_with_near_names() -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from edgekd.data import Arrays
-from edgekd.distill.checkpoint import load_weights
 from edgekd.distill.features import FeatureLoss, FeatureTaps, Projector
 from edgekd.errors import ConfigError, ModelError
 from edgekd.options import FeaturePair
+from edgekd.rebuild import load_weights
 from edgekd.teachers import as_teacher
 from tests.distill.distill_cases import QUICK, Cnn, blobs, quick, seeded, split
 
@@ -128,7 +128,7 @@ def test_feature_training_lowers_the_hint_and_leaves_the_student_without_project
     assert result.record.teacher_outputs == ("cached" if cached else "online")
     assert any("MB" in note for note in result.record.notes) is cached
     fresh = seeded(Cnn, 4, seed=9)
-    load_weights(result.weights, fresh)
+    load_weights(fresh, result.weights)
     assert hooks(result.module) == 0
 
 

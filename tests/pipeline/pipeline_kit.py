@@ -219,9 +219,9 @@ def run(
     """`compress` of the kind's teacher; `changes` are those of `arguments`. A live target is used as it is."""
     given = arguments(kind, run_dir, **changes)
     if not isinstance(target, str):
-        return compress(**given, target=target, listener=listener)
+        return compress(**given, target=target, listener=listener, progress=False)
     with connect(target, overrides=tuple(overrides)) as live:
-        return compress(**given, target=live, listener=listener)
+        return compress(**given, target=live, listener=listener, progress=False)
 
 
 def plan(kind: str, run_dir: Path, **changes: Any) -> Plan:

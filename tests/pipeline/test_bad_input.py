@@ -94,7 +94,7 @@ CASES: list[tuple[str, type[EdgekdError], tuple[str, ...]]] = [
     ("teacher shape", ModelError, ("does not accept the data", "float32 (24, 1, 4, 4)", "next step")),
     ("teacher nan", ModelError, ("'output' on the validation data is not finite", "weights")),
     ("nan", DataError, ("validation data hold NaN", "item 5", "drop the item")),
-    ("range", DataError, ("out of range for 3 classes", "0 to 3", "allowed: 0 to 2", "label encoding")),
+    ("range", DataError, ("the labels of the test split are outside the classes", "0 to 3", "allowed: 0 to 2", "label encoding")),
     ("float labels", DataError, ("must be integers", "float64", "Regression")),
     ("label shape", ModelError, ("labels (24, 1)", "allowed: labels (24,)")),
     ("dtype", ModelError, ("float64 (24, 1, 4, 4)", "shape and dtype")),

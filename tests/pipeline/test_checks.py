@@ -88,7 +88,7 @@ def test_large_splits_are_compared_whole_so_that_a_leak_of_one_percent_is_counte
         rows = check_splits(_context(target, tmp_path, train=train, validation=validation, test=_numbers(49_750, 74_750)))
         assert [(row.step, row.reason.split(" items")[0]) for row in rows[1:]] == [("train and test", "250 of 25000")]
         assert rows[0].reason == "inputs compared: train 50000 items; validation 21000 items; test 25000 items"
-        with pytest.raises(DataError, match="the train and test data overlap.*251 of 25000 items"):
+        with pytest.raises(DataError, match=r"the train and test data overlap.*251 of 25000 items"):
             check_splits(_context(target, tmp_path, train=train, validation=validation, test=_numbers(49_749, 74_749)))
 
 
@@ -110,7 +110,7 @@ def test_splits_of_the_same_name_are_compared_with_each_other(tmp_path: Path) ->
     with edgekd.connect("null") as target:
         context = _context(target, tmp_path, train=_numbers(0, 100), validation=_numbers(100, 200), test=_numbers(150, 250))
         context.validation.name = context.test.name
-        with pytest.raises(DataError, match="the validation and test data overlap.*50 of 100"):
+        with pytest.raises(DataError, match=r"the validation and test data overlap.*50 of 100"):
             check_splits(context)
 
 
