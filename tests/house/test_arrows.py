@@ -66,6 +66,8 @@ def broken_arrows(path: Path, text: str) -> list[str]:
             broken.append(f"{module} imports {name}: the core and other folders reach a plug-in by the registry")
         if top == CORE and second in ("edgekd", "tests"):
             broken.append(f"{module} imports {name}")
+        if (top == "pytest" or name.startswith("edgekd.testing")) and not module.startswith("edgekd.testing"):
+            broken.append(f"{module} imports {name}: pytest is for the suites of edgekd.testing, and those are for tests")
         if name.startswith("edgekd.targets.runner"):
             broken.append(f"{module} imports the program that runs on devices")
     if path not in MAY_IMPORT_BY_TEXT:
@@ -122,6 +124,8 @@ def test_every_module_keeps_the_arrows(path: Path) -> None:
         ("edgekd/x.py", "import importlib\nNAME = 'edgekd.converters.y:Y'\nimportlib.import_module(NAME.partition(':')[0])"),
         ("edgekd/x.py", "import importlib\nimportlib.import_module(f'edgekd.{kind}.y')"),
         ("edgekd/x.py", "import edgekd.edgekd.errors"),
+        ("edgekd/x.py", "import pytest"),
+        ("edgekd/x.py", "from edgekd import testing"),
     ],
 )
 def test_a_broken_arrow_is_found(where: str, text: str) -> None:
@@ -135,6 +139,7 @@ def test_a_broken_arrow_is_found(where: str, text: str) -> None:
         ("edgekd/pipeline.py", "import importlib.resources\nimportlib.resources.files('edgekd.profiles')"),
         ("targets/runtimes/x.py", "from .null import NullRuntime\nfrom edgekd.errors import DeviceError"),
         ("converters/x.py", "from . import y"),
+        ("edgekd/testing/x.py", "import pytest\nfrom edgekd.testing.models import two_inputs"),
         ("edgekd/x.py", "import importlib\nimportlib.import_module(users_module)"),
     ],
 )
