@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +186,26 @@ def test_own_minmax_ranges_equal_those_of_onnxruntime(tmp_path: Path) -> None:
     ours = observe(host_infer, prepared, IMAGE, sizes).ranges("minmax")
     assert len(ours) > 5
     assert ours == {name: theirs[name] for name in ours}
+
+
+def test_ranges_are_observed_within_the_memory_that_is_given(tmp_path: Path) -> None:
+    convert = load("converters", "qdq-from-onnx")().convert
+    blocks: list[int] = []
+
+    def infer(model: StoredArtifact, inputs: Mapping[str, np.ndarray], taps: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        blocks.append(len(inputs["image"]))
+        return ort_infer(model, inputs, taps)
+
+    many = {"image": noise(512, 3, 8, 8)}
+    request = dataclasses.replace(quantize_request(exported_convnet(), many, tmp_path), infer=infer)
+    for memory_mb in (1, 512):
+        convert(dataclasses.replace(request, options={"memory_mb": memory_mb}))
+    convert(request)
+    assert blocks[-2:] == [512, 512]
+    assert max(blocks[:-2]) < 512
+    assert sum(blocks[:-2]) >= 512
+    with pytest.raises(ConfigError, match="memory_mb"):
+        convert(dataclasses.replace(request, options={"memory": 1}))
 
 
 def test_missing_ranges_are_named(tmp_path: Path) -> None:

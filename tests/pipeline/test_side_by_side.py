@@ -6,14 +6,20 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
+from edgekd.errors import ConfigError
 from edgekd.records import Budget, LedgerRow, Outcome
 from edgekd.result import Result
+from edgekd.spaces import Family, Fixed
 from tests.pipeline import pipeline_kit as kit
 from tests.pipeline.plugin_kit import install_runtimes
 
 pytestmark = pytest.mark.torch
 
+QUICK = msgspec.structs.replace(
+    kit.OPTIONS, train=msgspec.structs.replace(kit.OPTIONS.train, epochs=1), search=msgspec.structs.replace(kit.OPTIONS.search, finalists=1)
+)
 PLUGIN = '''
 from edgekd.errors import UnsupportedModel
 
@@ -51,7 +57,12 @@ def test_ledger_compares_latencies_of_one_screen_when_the_device_drifts(tmp_path
 
     def run(name: str, *overrides: str) -> Result:
         return kit.run(
-            "classification", tmp_path / name, overrides=overrides, student=kit.fixed("classification"), budget=Budget(latency_share=0.95, max_drop=0.5)
+            "classification",
+            tmp_path / name,
+            overrides=overrides,
+            student=kit.fixed("classification"),
+            options=QUICK,
+            budget=Budget(latency_share=0.95, max_drop=0.5),
         )
 
     still, tides = run("still"), run("tides", "runtime.kind=tides")
@@ -62,8 +73,7 @@ def test_ledger_compares_latencies_of_one_screen_when_the_device_drifts(tmp_path
 
 def test_candidates_compete_in_float_when_their_int8_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_runtimes(tmp_path / "plugin", monkeypatch, PLUGIN, {"closed": "Closed"})
-    options = msgspec.structs.replace(kit.OPTIONS, search=msgspec.structs.replace(kit.OPTIONS.search, finalists=1))
-    result = kit.run("classification", tmp_path / "run", overrides=["runtime.kind=closed"], options=options, budget=Budget(latency_share=0.9, max_drop=0.9))
+    result = kit.run("classification", tmp_path / "run", overrides=["runtime.kind=closed"], options=QUICK, budget=Budget(latency_share=0.9, max_drop=0.9))
     assert result.verdict.outcome is Outcome.PASS
     noted = [row for row in kit.rows_of(result, "search") if "int8 could not be made" in row.reason]
     assert {row.step for row in noted} == {"width=4", "width=8", "width=16"}
@@ -71,11 +81,31 @@ def test_candidates_compete_in_float_when_their_int8_cannot_be_made(tmp_path: Pa
     assert {point.precision for point in result.points} == {"fp32"}
 
 
-def test_ledger_says_that_a_large_family_was_sampled(tmp_path: Path) -> None:
-    from edgekd.spaces import Family
+class Upsampled(kit.Plain):
+    """Its first convolution gives half a megabyte per image."""
 
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().forward(torch.nn.functional.interpolate(image, scale_factor=32.0))
+        return y
+
+
+def upsampled() -> torch.nn.Module:
+    module = Upsampled(2, kit.CLASSES)
+    module.trunk.pool = torch.nn.AvgPool2d(128)
+    return module
+
+
+def test_candidates_are_calibrated_within_the_memory_of_the_options(tmp_path: Path) -> None:
+    """The teacher's tensors are small: what is refused is the candidate's, in the search, before anything is trained."""
+    quantize = msgspec.structs.replace(kit.OPTIONS.quantize, memory_mb=1)
+    options = msgspec.structs.replace(QUICK, quantize=quantize, allow_extreme=True)
+    with pytest.raises(ConfigError, match=r"quantize\.memory_mb"):
+        kit.run("classification", tmp_path / "run", student=Fixed(upsampled), options=options, budget=Budget(latency_ms=1000.0))
+    assert not list((tmp_path / "run" / "stages").glob("distil-*"))
+
+
+def test_ledger_says_that_a_large_family_was_sampled(tmp_path: Path) -> None:
     student = Family(kit.classifier, max_candidates=2, width=[4, 8, 16])
-    options = msgspec.structs.replace(kit.OPTIONS, search=msgspec.structs.replace(kit.OPTIONS.search, finalists=1))
-    result = kit.run("classification", tmp_path / "run", student=student, options=options, budget=Budget(latency_share=0.9, max_drop=0.9))
+    result = kit.run("classification", tmp_path / "run", student=student, options=QUICK, budget=Budget(latency_share=0.9, max_drop=0.9))
     (row,) = kit.rows_of(result, "search", "space")
     assert row.reason.startswith("2 of 3 combinations, sampled with seed 0")
