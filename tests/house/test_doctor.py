@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_extras_are_those_of_setup_cfg_without_development() -> None:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read(ROOT / "setup.cfg", encoding="utf-8")
-    assert set(doctor.declared_extras()) == set(parser["options.extras_require"]) - {"dev"}
+    assert set(doctor.declared_extras()) == set(parser["options.extras_require"]) - {"dev", "testing"}
 
 
 def test_an_installed_package_is_shown_with_its_version() -> None:
