@@ -74,9 +74,10 @@ def _pairs(launches: Sequence[Launch], valid: set[int]) -> np.ndarray[tuple[int]
 def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: int, progress: Progress | None = None, nonce: str = "") -> AaRun:
     """The A/A run of this device: taken now under the screen's protocol, or the one stored in `cache_dir`.
 
-    It is stored under the device's fingerprint, the runtime's options, the protocol and the profile's limits. A run is `contended` if fewer
-    than three quarters of its launches are inside the profile's limits, or if the two labels differ from pair to pair by a standard deviation above
-    10 %: it gives the profile's limits, and it is not stored, so that the next command calibrates again. `nonce`: see `measure_verdict`.
+    It is stored under the device's fingerprint, governor and power mode, the runtime's options, the protocol and the profile's limits. A run is
+    `contended` if fewer than three quarters of its launches are inside the profile's limits, or if the two labels differ from pair to pair by a
+    standard deviation above 10 %: it gives the profile's limits, and it is not stored, so that the next command calibrates again.
+    `nonce`: see `measure_verdict`.
     """
     ceiling = target.profile.measure.limits
     protocol = target.profile.measure.screen.launch

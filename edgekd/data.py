@@ -108,6 +108,7 @@ class Split:
         self.name = name
         self.task = task
         self.augment = augment
+        self.augment_hash = code_hash(augment) if augment is not None else ""  # now: its state may change as it runs
         self.seed = seed
         self.revision = revision
         self.batch_size = batch_size
@@ -141,6 +142,11 @@ class Split:
                 f"the {self.name} data have no length: an iterable data set", hint="give a map-style data set where items must be counted", subject=self.name
             )
         return len(self._source)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the items lie in arrays, so that reading all of them is cheap."""
+        return isinstance(self._source, Arrays)
 
     @property
     def augmented(self) -> bool:
@@ -193,14 +199,25 @@ class Split:
         return _content(self.batch(indices))
 
     def fingerprint(self) -> str:
-        """What identifies the data in stage keys: the length and 64 seeded items before augmentation, or the user's revision."""
+        """What identifies the data in stage keys: the length and 64 seeded items before augmentation, or the user's revision; and the augmentation.
+
+        Of a stream these are its first 64 items, as they are batched.
+        """
         if self.revision:
-            return f"revision:{self.revision}"
-        code = code_hash(self.augment) if self.augment else ""
-        if not self.indexed:
-            batch = next(self.stream(0))
-            return array_hash({f"stream {name}": value for name, value in batch.inputs.items()}) + code[:16]
-        return f"{len(self)}:{self.content_hash(self._picks(_FINGERPRINT_ITEMS))}:{code[:16]}"
+            found = f"revision:{self.revision}"
+        elif self.indexed:
+            found = f"{len(self)}:{self.content_hash(self._picks(_FINGERPRINT_ITEMS))}"
+        else:
+            found = f"stream:{':'.join(_content(part) for part in self._first(_FINGERPRINT_ITEMS))}"
+        return f"{found}:{self.augment_hash[:16]}"
+
+    def _first(self, count: int) -> Iterator[Batch]:
+        """The first batches of the data, `count` items in all, or every item where there are fewer."""
+        for batch in self.stream(0):
+            yield batch if len(batch) <= count else _head(batch, count)
+            count -= len(batch)
+            if count <= 0:
+                return
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64], view: int | None = None) -> Batch:
         """The items at `indices`, in this order; `view` numbers the seeded augmentation, `None` leaves the items plain.
@@ -274,20 +291,7 @@ class Split:
         if self.indexed:
             count = len(self) if limit is None else min(limit, len(self))
             return self.batch(np.arange(count))
-        batches = []
-        seen = 0
-        for batch in self.stream(0):
-            batches.append(batch)
-            seen += len(batch)
-            if limit is not None and seen >= limit:
-                break
-        joined = _join(batches)
-        if limit is None or len(joined) <= limit:
-            return joined
-        keep = np.arange(limit)
-        return Batch(
-            joined.indices[keep], {name: value[keep] for name, value in joined.inputs.items()}, None if joined.targets is None else _take(joined.targets, keep)
-        )
+        return _join(list(self.stream(0) if limit is None else self._first(limit)))
 
     def stream(self, epoch: int) -> Iterator[Batch]:
         """Batches in the data set's own order: for iterable data sets, or an indexed one read from front to back.
@@ -314,6 +318,12 @@ class Split:
 def _content(batch: Batch) -> str:
     targets = batch.targets if isinstance(batch.targets, dict) else {} if batch.targets is None else {"": batch.targets}
     return array_hash({f"input {name}": value for name, value in batch.inputs.items()} | {f"target {name}": value for name, value in targets.items()})
+
+
+def _head(batch: Batch, count: int) -> Batch:
+    keep = np.arange(count)
+    targets = None if batch.targets is None else _take(batch.targets, keep)
+    return Batch(batch.indices[keep], {name: value[keep] for name, value in batch.inputs.items()}, targets)
 
 
 def _join(batches: Sequence[Batch]) -> Batch:

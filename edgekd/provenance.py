@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import json
 import sys
-import textwrap
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgekd.errors import InputError
+from edgekd.code_state import Walk, is_library, source_of
+from edgekd.errors import ConfigError, InputError, ModelError, Rejected
 
 if TYPE_CHECKING:
     import torch
+
+    from edgekd.contracts import StudentSpace
 
 
 class Origin(NamedTuple):
@@ -70,91 +71,80 @@ def import_factory(name: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def code_hash(function: Callable[..., Any]) -> str:
-    """A SHA-256 that changes when the callable changes.
+def code_hash(function: Any) -> str:
+    """A SHA-256 that changes when a callable, or what it depends on, changes; equal in every process.
 
-    A function: its own source and, through the names it uses, the functions, classes and plain constants of the same
-    module. A class: its module's whole file. A callable without source: its byte code.
+    It covers the sources of the functions and classes of the user's own modules that it leads to, the module-level values that they read, default
+    arguments, closures, the bound arguments of a `functools.partial`, and the class and state of an object. Packages count by name.
+
+    Raises:
+        ConfigError: a value on the way cannot be identified (an open file, a session, a generator); it is named.
     """
-    target: Any = getattr(function, "func", function)  # functools.partial
-    parts: list[str] = []
-    if target is not function:
-        bound = {"args": list(function.args), "kwargs": dict(function.keywords)}  # type: ignore[attr-defined]
-        parts.append(json.dumps(bound, sort_keys=True, default=lambda value: getattr(value, "__qualname__", type(value).__name__)))
-    if not inspect.isroutine(target) and not inspect.isclass(target):
-        target = type(target)
-    if inspect.isclass(target):
-        parts.append(_class_text(target))
-    else:
-        _collect(inspect.unwrap(target), set(), parts)
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _class_text(cls: type) -> str:
-    try:
-        return Path(inspect.getfile(cls)).read_text(encoding="utf-8") + cls.__qualname__
-    except (OSError, TypeError):
-        return "".join(_code_text(value.__code__) for value in vars(cls).values() if isinstance(value, types.FunctionType)) + cls.__qualname__
-
-
-def _source(value: Any) -> str:
-    try:
-        return textwrap.dedent(inspect.getsource(value))
-    except (OSError, TypeError):
-        code = getattr(value, "__code__", None)
-        return _code_text(code) if code is not None else f"{value.__module__}.{value.__qualname__}"
-
-
-def _code_text(code: types.CodeType) -> str:
-    constants = [_code_text(item) if isinstance(item, types.CodeType) else item for item in code.co_consts]
-    plain = [item for item in constants if isinstance(item, (int, float, str, bool))]
-    return f"{code.co_code.hex()} {json.dumps(plain)} {' '.join(code.co_names)}"
-
-
-def _names(code: types.CodeType) -> set[str]:
-    found = set(code.co_names) | set(code.co_freevars)
-    for item in code.co_consts:
-        if isinstance(item, types.CodeType):
-            found |= _names(item)
+    found, hidden = examine(function)
+    if hidden:
+        raise ConfigError(
+            f"{_name(function)} depends on something whose content cannot be told, so that a stored result might be taken for another's",
+            found="; ".join(hidden),
+            allowed="functions, classes, numbers, texts, arrays, tensors, containers and objects that copy.deepcopy can copy",
+            hint="create it inside the function, or leave it out of the object's state with a __getstate__",
+            subject=hidden[0],
+        )
     return found
 
 
-def _collect(value: Any, seen: set[str], parts: list[str]) -> None:
-    """Append the source of `value`, then of what it uses from its own module, each once, in the order of names."""
-    seen.add(value.__qualname__)
-    parts.append(_source(value))
-    functions = [item for item in vars(value).values() if isinstance(item, types.FunctionType)] if inspect.isclass(value) else [value]
-    module = sys.modules.get(value.__module__)
-    namespace = dict(getattr(value, "__globals__", None) or (vars(module) if module is not None else {}))
-    if isinstance(value, types.FunctionType):
-        namespace |= inspect.getclosurevars(value).nonlocals
-    names: set[str] = {base.__qualname__ for base in value.__mro__[1:] if base.__module__ == value.__module__} if inspect.isclass(value) else set()
-    for function in functions:
-        code = getattr(function, "__code__", None)
-        names |= _names(code) if code is not None else set()
-    for name in sorted(names):
-        used = namespace.get(name)
-        if isinstance(used, (types.FunctionType, type)):
-            if used.__module__ == value.__module__ and used.__qualname__ not in seen:
-                _collect(used, seen, parts)
-        elif isinstance(used, (int, float, str, bool)):
-            parts.append(f"{name}={json.dumps(used)}")
+def examine(function: Any) -> tuple[str, tuple[str, ...]]:
+    """The hash of `code_hash`, and the names of what it cannot cover, which counts by its type only."""
+    kind = function if isinstance(function, (type, types.FunctionType)) else type(function)
+    module = str(getattr(function, "__globals__", {}).get("__name__", "") or kind.__module__)
+    walk = Walk(module)
+    text = walk.text(function, _name(function))
+    if kind is function and is_library(module):  # a package's own factory: by its file
+        text = hashlib.sha256((text + _file_text(function)).encode()).hexdigest()
+    return text, tuple(walk.hidden)
 
 
-def architecture_hash(module: torch.nn.Module) -> str:
-    """A SHA-256 over a module's classes, plain attributes, user sources and the bytes of its weights."""
-    import torch
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
-    digest = hashlib.sha256()
-    for name, part in module.named_modules():
-        cls = type(part)
-        plain = {key: value for key, value in sorted(vars(part).items()) if isinstance(value, (int, float, str, bool, tuple)) and key != "training"}
-        shown = json.dumps(plain, sort_keys=True, default=lambda value: type(value).__name__)
-        digest.update(f"{name} {cls.__module__}.{cls.__qualname__} {shown}\0".encode())
-        if cls.__module__.partition(".")[0] != "torch":
-            digest.update(_class_text(cls).encode())
-    for name, tensor in module.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+
+def _file_text(function: Any) -> str:
+    try:
+        return Path(inspect.getfile(function)).read_text(encoding="utf-8")
+    except (OSError, TypeError):
+        return source_of(function)
+
+
+def architecture_hash(module: torch.nn.Module, *, weights: bool = True) -> str:
+    """A SHA-256 over the classes of all parts of a module, with their sources where they are the user's own and with what those read, over the
+    parts' attributes, and over the names, shapes, types and (with `weights`) bytes of the tensors.
+
+    An attribute that is a tensor without being a parameter or a buffer, or an object of a package's class, counts by its type.
+
+    Raises:
+        ModelError: a weight or an attribute cannot be read.
+    """
+    walk = Walk("", shallow=True, weights=weights)
+    text = walk.text(module, type(module).__name__)
+    if walk.hidden:
+        raise ModelError("a part of the network cannot be identified", found="; ".join(walk.hidden), hint="keep it out of the module", subject=walk.hidden[0])
+    return text
+
+
+def built_hash(space: StudentSpace, seed: int) -> str:
+    """A hash of what a space builds, which sees a changed factory even where `source_hash` does not: the first and the last candidate, as networks.
+
+    Initial weights count if two builds with one seed draw the same. Empty for a student that is a file.
+    """
+    specs = space.candidates(seed)
+    if specs and specs[0].kind == "fixed-onnx":
+        return ""
+    found = []
+    for spec in dict.fromkeys((0, len(specs) - 1)) if specs else ():
+        try:
+            first, again = (space.build(specs[spec], seed) for _ in range(2))
+        except Rejected:
+            found.append("rejected")
+            continue
+        with_weights = architecture_hash(first)
+        found.append(with_weights if architecture_hash(again) == with_weights else architecture_hash(first, weights=False))
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()

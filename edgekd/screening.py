@@ -116,8 +116,8 @@ def screen(
     gets `launches_each` valid launches within at most `plan.max_launches` attempts. It is invalid, with the reason, when none was
     valid; and all are invalid when more than `plan.max_reject_share` of all launches were rejected. None is dropped.
 
-    With `cache_dir`, the measurements of one call are stored in one file, under device fingerprint, runtime options, protocol and the hashes of
-    all artifacts. They are served again to a call with the same subjects if each still has `plan.launches` valid launches
+    With `cache_dir`, the measurements of one call are stored in one file, under device fingerprint, governor, power mode, runtime options, protocol
+    and the hashes of all artifacts. They are served again to a call with the same subjects if each still has `plan.launches` valid launches
     under `limits`; never a part of them, since two latencies are compared only if they were taken together.
     """
     wanted = by_label(subjects)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.contracts import Array, Teacher, Tensors
 from edgekd.errors import MissingDependency, ModelError
+from edgekd.keys import array_hash
 from edgekd.onnx_io import file_hash
-from edgekd.provenance import architecture_hash, code_hash
+from edgekd.provenance import architecture_hash, examine
 from edgekd.storage import sha256_bytes
 from edgekd.tree import first_line, flatten_outputs, to_numpy
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK = 256
+_PROCESS = uuid.uuid4().hex
+"""Part of the identity of what nothing identifies: it is never found again by another process."""
 
 
 _REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError)
@@ -191,19 +195,31 @@ def _ort_errors() -> tuple[type[Exception], ...]:
 
 
 class CallableTeacher:
-    """A teacher that is any callable from named arrays to outputs (an array, or a nesting of arrays)."""
+    """A teacher that is any callable from named arrays to outputs (an array, or a nesting of arrays).
+
+    It may hold what cannot be hashed (a session, another library's model). Then it is known by its answers to a few items, given to `answer`;
+    before that, as a teacher of this process only.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = getattr(function, "__name__", type(function).__name__)
         self.module: torch.nn.Module | None = None
         self._function = function
+        self._code, self._hidden = examine(function)  # now: its state may change as it runs
+        self._answers = ""
+
+    def answer(self, inputs: Tensors) -> None:
+        """From now on the answers to these items are part of what identifies the teacher."""
+        self._answers = array_hash(self.outputs(inputs))
 
     def outputs(self, inputs: Tensors) -> dict[str, Array]:
         found: dict[str, Array] = _run(self.name, inputs, self._function)
         return found
 
     def weights_hash(self) -> str:
-        return code_hash(self._function)
+        """The hash of the callable with what it depends on, and of its answers."""
+        unknown = _PROCESS if self._hidden and not self._answers else ""
+        return sha256_bytes(" ".join([self._code, self._answers, unknown]).encode())
 
 
 def as_teacher(teacher: Any) -> Teacher:

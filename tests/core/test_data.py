@@ -206,6 +206,62 @@ def test_revision_stands_for_the_bytes() -> None:
     assert split(first, revision="v1").fingerprint() != split(first, revision="v2").fingerprint()
 
 
+class Batches:
+    """A stream of ready batches of 8 items."""
+
+    def __init__(self, inputs: np.ndarray, targets: np.ndarray) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self.inputs), 8):
+            yield self.inputs[start : start + 8], self.targets[start : start + 8]
+
+
+@pytest.mark.parametrize(("items", "changed", "seen"), [(ITEMS, 0, True), (ITEMS, 63, True), (ITEMS, 64, False), (60, 59, True)])
+def test_fingerprint_of_a_stream_sees_its_first_64_items(items: int, changed: int, seen: bool) -> None:
+    plain = split(Batches(images()[:items], labels()[:items]))
+    assert plain.fingerprint() == split(Batches(images()[:items], labels()[:items])).fingerprint()
+    inputs, targets = images()[:items], labels()[:items].copy()
+    inputs[changed] += 1.0
+    targets[changed] += 1
+    assert (split(Batches(inputs, labels()[:items])).fingerprint() != plain.fingerprint()) == seen
+    assert (split(Batches(images()[:items], targets)).fingerprint() != plain.fingerprint()) == seen
+    fingerprints = {split(Batches(data, labels()[:items]), revision="v1").fingerprint() for data in (images()[:items], inputs)}
+    assert len(fingerprints) == 1
+    assert plain.all(limit=9).targets.tolist() == [0, 1, 2, 3] * 2 + [0]
+
+
+def test_fingerprint_of_a_stream_reads_no_more_than_it_needs() -> None:
+    class Endless(Batches):
+        def __iter__(self) -> Iterator[Any]:
+            yield from super().__iter__()
+            raise AssertionError("read past the items that are needed")
+
+    assert split(Endless(images(), labels())).fingerprint()
+
+
+class Shift:
+    """Shifts by some pixels; counts its calls."""
+
+    def __init__(self, pixels: int) -> None:
+        self.pixels = pixels
+        self.calls = 0
+
+    def __call__(self, image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        self.calls += 1
+        return np.roll(image, self.pixels)
+
+
+def test_fingerprint_sees_the_state_of_the_augmentation_as_it_was_at_first() -> None:
+    data = Arrays(images(), labels())
+    made = split(data, augment=Shift(2))
+    before = made.fingerprint()
+    made.batch([0, 1], view=0)
+    assert made.fingerprint() == before == split(data, augment=Shift(2)).fingerprint()
+    assert split(data, augment=Shift(3)).fingerprint() != before
+    assert split(data, augment=Shift(2), revision="v1").fingerprint() != split(data, augment=Shift(3), revision="v1").fingerprint()
+
+
 # ------------------------------------------------------------------------------------------ bad data
 
 

@@ -6,10 +6,12 @@ import functools
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgekd.contracts import StudentSpace
 from edgekd.errors import ConfigError, ModelError, Rejected
+from edgekd.provenance import built_hash
 from edgekd.records import StudentSpec
 from edgekd.spaces import Family, Fixed
 
@@ -239,3 +241,47 @@ def test_fixed_refuses_what_is_no_student(tmp_path: Path) -> None:
         Fixed(tmp_path / "net.pt")
     with pytest.raises(ConfigError, match="Fixed"):
         Fixed(3)  # type: ignore[arg-type]
+
+
+def built(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, version: int) -> tuple[str, str]:
+    """`source_hash` and `built_hash` of a factory that calls an installed package."""
+    package = folder / str(version) / "site-packages"
+    package.mkdir(parents=True)
+    (package / "ak_package.py").write_text("import torch\n" + text)
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.delitem(sys.modules, "ak_package", raising=False)
+    space = Fixed(uses_package)
+    return space.source_hash(), built_hash(space, 0)
+
+
+def uses_package() -> torch.nn.Module:
+    import ak_package  # type: ignore[import-not-found]
+
+    made: torch.nn.Module = ak_package.make()
+    return made
+
+
+def test_built_hash_sees_a_changed_package_that_alters_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = (
+        "def make():\n    return torch.nn.Linear(3, 2)\n",
+        "def make():\n    # the same\n    return torch.nn.Linear(3, 2)\n",
+        "def make():\n    return torch.nn.Linear(3, 4)\n",
+        "def make():\n    made = torch.nn.Linear(3, 2)\n    torch.nn.init.zeros_(made.bias)\n    return made\n",
+    )
+    found = [built(tmp_path, monkeypatch, text, version) for version, text in enumerate(texts)]
+    assert len({source for source, _ in found}) == 1
+    assert found[0][1] == found[1][1]
+    assert len({network for _, network in found}) == 3
+
+
+def draws_unseeded(width: int) -> torch.nn.Module:
+    made = torch.nn.Linear(width, 2)
+    with torch.no_grad():
+        made.weight.copy_(torch.from_numpy(np.random.default_rng().standard_normal((2, width))))
+    return made
+
+
+def test_built_hash_leaves_out_weights_that_no_seed_determines_and_refused_members() -> None:
+    space = Family(draws_unseeded, width=[3, 4])
+    assert built_hash(space, 0) == built_hash(space, 0) != built_hash(Family(draws_unseeded, width=[3, 5]), 0)
+    assert built_hash(Family(make_net, width=[8, 999]), 0) == built_hash(Family(make_net, width=[8, 998]), 0) != built_hash(Family(make_net, width=[8, 9]), 0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from edgekd.errors import ModelError
-from edgekd.teachers import OnnxTeacher, as_teacher, forward_names
+from edgekd.teachers import CallableTeacher, OnnxTeacher, as_teacher, forward_names
 from tests.contracts.tiny_models import ConvNet, TwoInputs, torch_outputs
 
 RANDOM = np.random.default_rng(0)
@@ -173,3 +176,55 @@ def test_teacher_that_raises_without_text_shows_the_class_of_its_error() -> None
 
     with pytest.raises(ModelError, match=": RuntimeError;"):
         as_teacher(empty).outputs({"x": ROWS})
+
+
+class Scaled:
+    """A callable with an array; `hidden` stands for what nothing can read, such as a session."""
+
+    def __init__(self, factor: float, *, hidden: bool = False) -> None:
+        self.factor = None if hidden else np.full(3, factor)
+        self.hidden = iter_forever(factor) if hidden else None
+        self.calls = 0
+
+    def __call__(self, inputs: dict[str, Any]) -> Any:
+        self.calls += 1
+        factor = self.factor if self.hidden is None else next(self.hidden)
+        return inputs["x"] * factor
+
+
+def iter_forever(value: float) -> Iterator[float]:
+    while True:
+        yield value
+
+
+def test_callable_teacher_is_identified_by_its_state_at_first() -> None:
+    teachers = [as_teacher(Scaled(factor)) for factor in (2.0, 2.0, 3.0)]
+    first, again, other = (teacher.weights_hash() for teacher in teachers)
+    assert first == again != other
+    teachers[0].outputs({"x": np.ones((2, 3))})
+    assert teachers[0].weights_hash() == first
+
+
+def test_callable_teacher_that_hides_something_is_identified_by_its_answers() -> None:
+    teachers = [as_teacher(Scaled(factor, hidden=True)) for factor in (2.0, 2.0, 3.0)]
+    unknown = {teacher.weights_hash() for teacher in teachers}
+    for teacher in teachers:
+        assert isinstance(teacher, CallableTeacher)
+        teacher.answer({"x": np.ones((2, 3))})
+    first, again, other = (teacher.weights_hash() for teacher in teachers)
+    assert first == again != other
+    assert not unknown & {first, other}
+
+
+def test_callable_teacher_that_hides_something_is_another_in_each_process(tmp_path: Path) -> None:
+    script = (
+        "import threading\n"
+        "from edgekd.teachers import as_teacher\n"
+        "class Teacher:\n"
+        "    def __init__(self): self.session = threading.local()\n"
+        "    def __call__(self, inputs): return inputs['x']\n"
+        "print(as_teacher(Teacher()).weights_hash())\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    found = {subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(found) == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +17,16 @@ import pytest
 import torch
 
 from edgekd.contracts import ConvertRequest
-from edgekd.data import Arrays
+from edgekd.data import Arrays, make_split
+from edgekd.errors import DataError
+from edgekd.keys import stage_key
 from edgekd.options import Options
-from edgekd.pipeline import compress
+from edgekd.pipeline import compress, make_context
 from edgekd.records import Budget, IOSpec, TensorSpec
 from edgekd.registry import load
 from edgekd.spaces import Fixed
-from edgekd.stages import STAGES
+from edgekd.stages import STAGES, StageStore
+from edgekd.steps.inputs import run_facts
 from edgekd.target import connect
 from edgekd.tasks import Classification
 from tests.pipeline.pipeline_kit import OPTIONS, arguments, make_data, make_teacher
@@ -162,6 +167,47 @@ def test_changed_code_of_an_own_task_redoes_everything(world: World, tmp_path: P
     assert isinstance(world.changes["task"], Classification)
 
 
+def test_a_callable_with_the_same_source_but_other_answers_has_another_key(tmp_path: Path) -> None:
+    class Scaled:
+        """Its one number lies in an object, as another library's weights do."""
+
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+
+        def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"output": self.factor * inputs["image"].reshape(len(inputs["image"]), -1)[:, :4]}
+
+    def facts(factor: float) -> dict[str, Any]:
+        given = arguments("classification", tmp_path / "run", teacher=Scaled(factor))
+        del given["run_dir"]
+        with connect("null") as live:
+            return run_facts(make_context(**given, target=live, store=StageStore(tmp_path / "run")))
+
+    first, again, other = facts(1.0), facts(1.0), facts(2.0)
+    assert first == again
+    assert stage_key("baseline", 1, {}, first) != stage_key("baseline", 1, {}, other)
+    assert {name for name, value in first.items() if value != other[name]} <= {"teacher", "teacher answers"}
+
+
+def test_labels_that_went_bad_since_the_baseline_was_kept_are_refused(world: World) -> None:
+    names = ("train", "validation", "test")
+    world.changes = {name: getattr(make_data("classification"), name) for name in names}
+    world.run()
+    good = make_data("classification").validation
+    seen = make_split(good, Classification(), name="validation", seed=0)
+    for item in range(len(good)):
+        labels = good.targets.copy()
+        labels[item] = 9
+        changed = Arrays(good.inputs, labels)
+        if make_split(changed, Classification(), name="validation", seed=0).fingerprint() == seen.fingerprint():
+            break  # an item that the fingerprint does not see: the baseline is taken as it is
+    world.changes["validation"] = changed
+    with pytest.raises(DataError, match="the labels of the validation split are outside the classes"):
+        world.run()
+    journal = [json.loads(line) for line in (world.folder / "run" / "events.jsonl").read_text().splitlines()]
+    assert (journal[-1]["stage"], journal[-1]["kind"]) == ("baseline", "reused")
+
+
 def test_damaged_stage_of_a_run_is_named_with_the_remedy(world: World) -> None:
     from edgekd.errors import InputError
 
@@ -173,3 +219,30 @@ def test_damaged_stage_of_a_run_is_named_with_the_remedy(world: World) -> None:
     shutil.rmtree(path.parent)
     assert world.run() == ["quantize"]  # the same output again, so that nothing after it changes
     assert json.loads((world.folder / "run" / "run.json").read_text())["verdict"]["outcome"]
+
+
+@pytest.mark.slow
+def test_changed_package_that_alters_the_student_redoes_from_the_search_on(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factory's own source is the same each time; what it gets from an installed package is not."""
+    factory = "import outer_package\n\ndef make():\n    return outer_package.net()\n"
+    package = (
+        "import torch\n\ndef net():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, {}), torch.nn.ReLU(), torch.nn.Linear({}, 4))\n"
+    )
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "outer_factory.py").write_text(factory)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    done, hashes = [], set()
+    for width in (8, 6, 6):
+        (tmp_path / "site-packages" / "outer_package.py").write_text(package.format(width, width))
+        monkeypatch.delitem(sys.modules, "outer_package", raising=False)
+        monkeypatch.delitem(sys.modules, "outer_factory", raising=False)
+        space = Fixed(importlib.import_module("outer_factory").make)
+        hashes.add(space.source_hash())
+        world.changes = {"student": space, "budget": Budget(latency_share=0.9, max_drop=0.99)}
+        done.append(world.run())
+    assert len(hashes) == 1
+    assert done[0] == list(ALL)
+    assert done[1][0] == "search"
+    assert done[2] == []
