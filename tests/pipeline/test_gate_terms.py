@@ -83,6 +83,13 @@ def test_outputs_say_which_profile_judged(overridden: Path, tmp_path: Path) -> N
     assert "the bundle's own profile 'null'" in edgekd("validate", overridden, "--accept-simulated").stdout
 
 
+def test_ledger_card_and_manifest_say_what_never_ran_on_hardware(overridden: Path) -> None:
+    (row,) = [row for row in Ledger.load(overridden / "ledger.json").rows if row.step == "hardware"]
+    assert row.reason == "never ran on real hardware"
+    assert "| ran on hardware | never ran on real hardware |" in (overridden / "MODEL_CARD.md").read_text()
+    assert not open_bundle(overridden).manifest.proven_on_hardware
+
+
 def with_profile(bundle: Path, **changes: Any) -> Path:
     """The bundle with fields of its profile changed: what a person with the tools could ship."""
     return resealed(bundle, profile=msgspec.structs.replace(Manifest.load(bundle / MANIFEST).profile, **changes))

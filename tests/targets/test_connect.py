@@ -11,7 +11,7 @@ import pytest
 import edgekd
 from edgekd.errors import ConfigError, DeviceError, ProfileError
 from edgekd.profile_file import load_profile
-from edgekd.target import LiveTarget
+from edgekd.target import LiveTarget, hardware_text
 
 RECORDER = """
 from edgekd.errors import DeviceError
@@ -181,3 +181,24 @@ def test_the_null_target_says_simulated() -> None:
         assert target.simulated == "null"
         assert target.runtime.name == "null"
         assert set(target.profile.identity) <= set(target.fingerprint.fields)
+
+
+def test_proof_on_hardware_follows_from_the_device_and_not_from_the_profile_alone() -> None:
+    with edgekd.connect("local") as target:
+        fields = target.fingerprint.fields
+        isa = fields["isa"].split()
+        cases = {
+            f"{fields['machine']} {' '.join(isa)}": True,
+            fields["machine"]: True,
+            f"{fields['machine']} no-such-set": False,
+            "no-such-machine": False,
+        }
+    for fact, proven in cases.items():
+        with edgekd.connect("local", overrides={"proven_on": ["another avx", fact]}) as target:
+            assert target.capabilities.proven_on_hardware is proven
+            text = hardware_text(target.profile, target)
+        assert text.startswith("yes" if proven else "never ran on real hardware of this kind")
+        assert proven or fields["machine"] in text
+    with edgekd.connect("null", overrides={"proven_on": [fields["machine"]]}) as simulated:
+        assert not simulated.capabilities.proven_on_hardware
+        assert hardware_text(simulated.profile, simulated) == "never ran on real hardware"
