@@ -68,11 +68,23 @@ def pick_output(outputs: Mapping[str, Any], wanted: str | None, task: str) -> An
     return outputs[wanted]
 
 
+def _outside(smallest: int, largest: int, classes: int, split: str, output: str | None) -> DataError:
+    from_one = smallest == 1 and largest == classes
+    return DataError(
+        f"the labels{f' of the {split} split' if split else ''} are outside the classes" + (f" of {output!r}" if output else ""),
+        found=f"{smallest} to {largest}",
+        allowed=f"0 to {classes - 1}",
+        hint="they start at 1: subtract 1" if from_one else "check the label encoding and the model's last layer",
+        subject=output,
+    )
+
+
 class Classification:
     """One class of several per item: logits `(items, classes, ...)` and integer targets `(items, ...)`; a score is 1 where the
     largest logit is the target. Extra axes (segmentation) are averaged, and then scores are shares, not 0 or 1."""
 
     name = "classification"
+    bounded = True
 
     def __init__(self, *, output: str | None = None, target: str | None = None, labels: Sequence[str] = (), metric: str = "accuracy") -> None:
         self.output = output
@@ -84,7 +96,7 @@ class Classification:
     def unpack(self, batch: Any, input_names: Sequence[str]) -> tuple[dict[str, Any], Any]:
         return unpack_batch(batch, input_names, self.target)
 
-    def check(self, outputs: Tensors, targets: Any) -> None:
+    def check(self, outputs: Tensors, targets: Any, split: str = "") -> None:
         logits = pick_output(outputs, self.output, "Classification")
         labels = np.asarray(targets)
         if logits.ndim < 2:
@@ -98,12 +110,7 @@ class Classification:
                 allowed=f"labels {(logits.shape[0], *logits.shape[2:])}",
             )
         if labels.size and (labels.min() < 0 or labels.max() >= logits.shape[1]):
-            raise DataError(
-                f"labels are out of range for {logits.shape[1]} classes",
-                found=f"{labels.min()} to {labels.max()}",
-                allowed=f"0 to {logits.shape[1] - 1}",
-                hint="check the label encoding and the model's last layer",
-            )
+            raise _outside(int(labels.min()), int(labels.max()), logits.shape[1], split, self.output)
         self.binary = logits.ndim == 2
 
     def scores(self, outputs: Tensors, targets: Any) -> NDArray[np.float64]:
@@ -144,6 +151,7 @@ class Regression:
 
     name = "regression"
     binary = False
+    bounded = False
 
     def __init__(self, *, output: str | None = None, target: str | None = None, metric: str = "r2") -> None:
         self.output = output
@@ -153,7 +161,7 @@ class Regression:
     def unpack(self, batch: Any, input_names: Sequence[str]) -> tuple[dict[str, Any], Any]:
         return unpack_batch(batch, input_names, self.target)
 
-    def check(self, outputs: Tensors, targets: Any) -> None:
+    def check(self, outputs: Tensors, targets: Any, split: str = "") -> None:
         values = pick_output(outputs, self.output, "Regression")
         if not np.issubdtype(np.asarray(targets).dtype, np.number):
             raise DataError("regression targets must be numbers", found=str(np.asarray(targets).dtype))
@@ -228,6 +236,11 @@ class MultiTask:
             return unpack_batch({**inputs, "target": {name: batch[name] for name in self.tasks}}, input_names, "target")
         return unpack_batch(batch, input_names, None)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether every score lies in [0, 1]: so it is without a regression."""
+        return all(task.bounded for task in self.tasks.values())
+
     def _parts(self, outputs: Mapping[str, Any], targets: Any) -> dict[str, tuple[dict[str, Any], Any]]:
         if not isinstance(targets, Mapping):
             raise DataError("a MultiTask's targets are a mapping, one entry per task", found=type(targets).__name__, allowed=sorted(self.tasks))
@@ -242,9 +255,9 @@ class MultiTask:
         task = self.tasks[name]
         return Classification(output=name) if isinstance(task, Classification) else Regression(output=name)
 
-    def check(self, outputs: Tensors, targets: Any) -> None:
+    def check(self, outputs: Tensors, targets: Any, split: str = "") -> None:
         for name, (part, target) in self._parts(outputs, targets).items():
-            self._own(name).check(part, target)
+            self._own(name).check(part, target, split)
 
     def scores(self, outputs: Tensors, targets: Any) -> NDArray[np.float64]:
         parts = self._parts(outputs, targets)
@@ -286,6 +299,11 @@ class MultiTask:
             text |= {f"{name}.{key}": value for key, value in task.describe().items()}
             text[f"{name}.weight"] = repr(self.weights[name])
         return text
+
+
+def has_bounded_scores(task: Task) -> bool:
+    """Whether the task states (`bounded = True`) that every score lies in [0, 1]; a task that says nothing has scores of unknown range."""
+    return bool(getattr(task, "bounded", False))
 
 
 def task_from(described: Mapping[str, str]) -> Task:

@@ -82,6 +82,8 @@ def quantize(
         DataError: calibration or activations are not finite.
     """
     schemes = candidate_schemes(target.capabilities)
+    if not options.methods:
+        raise ConversionRejected("no calibration method was asked for", allowed="minmax, percentile, entropy", hint="set quantize.methods")
     if not target.capabilities.taps:
         raise UnsupportedModel(
             "int8 needs the ranges of the tensors inside the model, which this runtime does not give", hint="calibrate on another target", subject=target.name
@@ -166,15 +168,10 @@ class _Run:
 
     def best_method(self, scheme: str, latency_ms: float) -> Made:
         """The calibration method with the highest accuracy; the earlier one in the options where two are equal."""
-        best: Made | None = None
-        for method in self.options.methods:
-            made = self.workshop.make(scheme, method)
-            self.note_try(made, latency_ms if method == self.options.methods[0] else None, f"drop {self.drop(made):.4g}, allowed {self.allowed_drop:.4g}")
-            if best is None or self.scores(made).mean() > self.scores(best).mean():
-                best = made
-        if best is None:
-            raise ConversionRejected("no calibration method was asked for", allowed="minmax, percentile, entropy", hint="set quantize.methods")
-        return best
+        made = {method: self.workshop.make(scheme, method) for method in self.options.methods}
+        for method, one in made.items():
+            self.note_try(one, latency_ms if method == self.options.methods[0] else None, f"drop {self.drop(one):.4g}, allowed {self.allowed_drop:.4g}")
+        return max(made.values(), key=lambda one: float(self.scores(one).mean()))
 
     def restore(self, source: StoredArtifact, start: Made, float_ms: float, latency_ms: float) -> tuple[Made, float, float]:
         """The start with as few operators in float as bring the drop within the allowance, and the latencies of source and result from one screen."""

@@ -97,7 +97,7 @@ class Workshop:
     def scores(self, made: Made, inputs: Tensors, targets: Any, task: Task) -> NDArray[np.float64]:
         """One score per item from the target's outputs, checked against the task first."""
         outputs = self.outputs(made.artifact, inputs)
-        task.check(outputs, targets)
+        task.check(outputs, targets, "validation")
         return task.scores(outputs, targets)
 
 

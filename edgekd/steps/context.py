@@ -14,7 +14,6 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Callback, Converter, ConvertRequest, StudentSpace, Target, Task, Teacher, Tensors
 from edgekd.data import Split
 from edgekd.errors import ModelError
-from edgekd.keys import array_hash
 from edgekd.measure import Screened, Subject, screen
 from edgekd.options import Options
 from edgekd.parity import compare_hop
@@ -145,10 +144,5 @@ def checked_outputs(context: Context, split: Split, *, what: str) -> dict[str, A
             raise ModelError(
                 f"the teacher's output {name!r} on the {what} data is not finite", found="NaN or infinity", hint="check the teacher's weights", subject=name
             )
-    context.task.check(outputs, batch.targets)
+    context.task.check(outputs, batch.targets, what)
     return outputs
-
-
-def inputs_hash(inputs: Tensors) -> str:
-    """What identifies a calibration set."""
-    return array_hash(inputs)

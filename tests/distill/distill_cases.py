@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import nn
@@ -164,3 +165,28 @@ def resumable(folder: Path, marker: Path) -> None:
         splits=blob_splits(150, augment=shift),
         callbacks=(Marker(marker),),
     )
+
+
+def with_options(**changes: Any) -> TrainOptions:
+    """`QUICK` with some fields changed."""
+    return msgspec.structs.replace(QUICK, **changes)
+
+
+class Stops:
+    """A callback that interrupts the training, as Ctrl-C does, after some steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_start(self, label: str, epochs: int, steps_per_epoch: int) -> None:
+        self.ended = False
+
+    def on_step(self, step: int, losses: Any) -> None:
+        if step == self.after:
+            raise KeyboardInterrupt
+
+    def on_epoch(self, epoch: int, metrics: Any) -> None:
+        pass
+
+    def on_end(self) -> None:
+        self.ended = True

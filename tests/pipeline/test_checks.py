@@ -51,6 +51,15 @@ def test_a_single_double_is_noted_and_no_obstacle(tmp_path: Path) -> None:
     assert row.reason.startswith("1 of")
 
 
+def test_progress_prints_the_stages_on_standard_error_unless_it_is_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = kit.arguments("classification", tmp_path / "run", student=kit.fixed("classification"), budget=Budget(latency_ms=0.001))
+    for progress, lines in ((True, ["baseline: started: export and measure the teacher; does quantizing alone do?"]), (False, [])):
+        with pytest.raises(BudgetError):
+            _compress(arguments | {"progress": progress})
+        out, err = capsys.readouterr()
+        assert (out, err.splitlines()) == ("", lines)
+
+
 def _context(target: Target, folder: Path, **splits: Any) -> Context:
     """The context of a run on these splits, by a teacher of one number per item."""
     return make_context(
