@@ -67,7 +67,8 @@ def one_line(report: GateReport) -> str:
 def junit_xml(report: GateReport) -> bytes:
     """JUnit XML with one test case per check.
 
-    A failed check is a `failure`. A refused one is `skipped` when refusals are neutral, else a `failure` of type `refuse`.
+    A failed check is a `failure`, or refused where the verdict is (simulated numbers). A refused one is `skipped` when refusals are
+    neutral, else a `failure` of type `refuse`.
     An error is one test case with an `error`. A verdict that is worse than each of its checks (a simulated target, another
     device) adds the case `verdict`, so that the suite is never greener than the gate.
     """
@@ -82,9 +83,9 @@ def junit_xml(report: GateReport) -> bytes:
     else:
         for check in report.verdict.checks:
             case = _case(suite, report, check.name)
-            _outcome_node(case, check.outcome, check_text(check), report.on_refuse)
+            _outcome_node(case, _as_judged(check, report.verdict), check_text(check), report.on_refuse)
             ET.SubElement(case, "system-out").text = _clean(_evidence(check))
-        if report.verdict.outcome is not Outcome.PASS and report.verdict.outcome not in {check.outcome for check in report.verdict.checks}:
+        if report.verdict.outcome is not Outcome.PASS and report.verdict.outcome not in {_as_judged(check, report.verdict) for check in report.verdict.checks}:
             _outcome_node(_case(suite, report, "verdict"), report.verdict.outcome, verdict_text(report.verdict), report.on_refuse)
         elif not report.verdict.checks:
             _case(suite, report, "verdict")
@@ -100,6 +101,11 @@ def junit_xml(report: GateReport) -> bytes:
 
 def _case(suite: ET.Element, report: GateReport, name: str) -> ET.Element:
     return ET.SubElement(suite, "testcase", classname=_clean(f"edgekd.gate.{report.name}"), name=_clean(name))
+
+
+def _as_judged(check: Check, verdict: Verdict) -> Outcome:
+    """A check's outcome; one that failed in a verdict that is no fail (simulated numbers) is a refuse, so that the suite agrees with the gate."""
+    return verdict.outcome if check.outcome is Outcome.FAIL else check.outcome
 
 
 def _outcome_node(case: ET.Element, outcome: Outcome, message: str, on_refuse: OnRefuse) -> None:

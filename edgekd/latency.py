@@ -10,6 +10,9 @@ looks each is judged at confidence 1 - 0.01/3, which makes k 2.51 at 20 launches
 would take 2.28, 1.90 and 1.76). The whole procedure passes an artifact whose 90 % content quantile lies at the limit, and fails one
 whose mean lies at the limit, in at most 1 % of the cases, if launches are independent and normal in the log (simulated: 0.8 % and 0.6 %).
 
+A limit that is a share of the teacher's latency is itself measured. A pass is then judged against the share of the lower bound of
+the teacher's mean, a fail against the share of its upper bound, and each look's error is split evenly between student and teacher.
+
 Launches in a row on a busy machine are correlated. The lower bound of the mean is widened for the correlation seen, so that noise
 is not called failure: at a lag-1 correlation of 0.3 the simulated false fail is 1.8 % (4.8 % without), at 0.6 it is 3.5 %. The tolerance
 bound is not widened: at 0.3 it passes an artifact at the content quantile in 2.8 % of the cases, at 0.6 in 13 %, and one whose mean lies
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,14 +41,25 @@ ROUNDING = 1e-9
 _PERCENTILE_CLOCKS = (Clock.END_TO_END,)
 
 
+class Limit(NamedTuple):
+    """A latency limit in milliseconds. `upper_ms` is `None` where the limit is a given number. A share of a measured latency has
+    two ends: a pass must stay below `ms`, the lower one, and a fail lie above `upper_ms`."""
+
+    ms: float
+    upper_ms: float | None = None
+
+
 def planned_looks(plan: MeasurePlan) -> int:
     """How many times a verdict looks at the launches: 3 for 20, 40 and 60."""
     return 1 + max(0, math.ceil((plan.max_launches - plan.launches) / plan.step))
 
 
-def look_confidence(plan: MeasurePlan) -> float:
-    """The one-sided confidence of each look, so that all looks together hold 0.99 (Bonferroni)."""
-    return 1.0 - (1.0 - CONFIDENCE) / planned_looks(plan)
+def look_confidence(plan: MeasurePlan, *, share: bool = False) -> float:
+    """The one-sided confidence of each look, so that all looks together hold 0.99 (Bonferroni).
+
+    `share`: the limit is a share of the teacher's latency, so student and teacher take half of the look's error each.
+    """
+    return 1.0 - (1.0 - CONFIDENCE) / planned_looks(plan) / (2 if share else 1)
 
 
 def require_samples(protocol: LaunchProtocol, percentile: float) -> None:
@@ -140,18 +155,35 @@ def _nothing_valid(measurement: Measurement) -> MeasurementInvalid:
     )
 
 
-def check_latency(measurement: Measurement, limit_ms: float, percentile: float, clock: Clock, plan: MeasurePlan, name: str = "latency") -> Check:
-    """The latency at a percentile (or the init or first time) against `limit_ms`; see the module's words for the rule.
+def share_of(share: float, teacher: Measurement, percentile: float, clock: Clock, plan: MeasurePlan) -> Limit:
+    """`share` of the teacher's geometric mean over its valid launches, as the two ends of a limit.
 
-    `lower` is the lower bound of the mean, `upper` the tolerance bound, both in milliseconds. A refuse that more launches may
-    resolve is `undecided`. Launches with a summary only are judged by their maxima: they pass if each is within the limit and
-    the tolerance bound of the maxima is too; otherwise they refuse, because the percentile lies somewhere below the maximum. They never fail.
+    Raises:
+        MeasurementInvalid: fewer than two valid launches.
+    """
+    if len(teacher.launches) < 2:
+        raise _nothing_valid(teacher)
+    x = np.log(latencies_ms(teacher.launches, percentile, clock, enough=teacher.grade is Grade.VERDICT))
+    mean = serial_mean_bounds(x, look_confidence(plan, share=True))
+    return Limit(share * math.exp(mean.lower), share * math.exp(mean.upper))
+
+
+def check_latency(measurement: Measurement, limit: Limit | float, percentile: float, clock: Clock, plan: MeasurePlan, name: str = "latency") -> Check:
+    """The latency at a percentile (or the init or first time) against `limit`; see the module's words for the rule.
+
+    The check's `limit` is the end that a pass must stay below. `lower` is the lower bound of the mean, `upper` the tolerance bound, both
+    in milliseconds. A refuse that more launches may resolve is `undecided`. Launches with a summary only are judged by their maxima: they
+    pass if each is within the limit and the tolerance bound of the maxima is too; otherwise they refuse, because the percentile lies
+    somewhere below the maximum. They never fail.
 
     Raises:
         InputError: the limit is not positive and finite, or a launch has fewer inferences than the percentile needs.
     """
-    if not (math.isfinite(limit_ms) and limit_ms > 0):
-        raise BudgetError(f"the limit of {name} must be a positive number of milliseconds", found=limit_ms)
+    limit_ms, limit_upper_ms = limit if isinstance(limit, Limit) else Limit(limit)
+    share = limit_upper_ms is not None
+    fail_above_ms = limit_ms if limit_upper_ms is None else limit_upper_ms
+    if not (math.isfinite(fail_above_ms) and 0 < limit_ms <= fail_above_ms):
+        raise BudgetError(f"the limit of {name} must be a positive number of milliseconds", found=limit_ms if not share else (limit_ms, limit_upper_ms))
     what = f"p{percentile:g}" if clock in _PERCENTILE_CLOCKS else clock.value
     n = len(measurement.launches)
 
@@ -167,25 +199,27 @@ def check_latency(measurement: Measurement, limit_ms: float, percentile: float, 
         return refuse(value, f"{n} valid launches of {plan.launches}", undecided=plan.max_launches >= 2)
     per_launch = latencies_ms(measurement.launches, percentile, clock)
     x = np.log(per_launch)
-    confidence = look_confidence(plan)
+    confidence = look_confidence(plan, share=share)
     mean = serial_mean_bounds(x, confidence)
     k = tolerance_factor(n, CONTENT, confidence)
     value, lower, upper = math.exp(mean.value), math.exp(mean.lower), math.exp(mean.value + k * float(x.std(ddof=1)))
     log_limit = math.log(limit_ms) + ROUNDING
-    conditions = f"{n} launches, {CONFIDENCE:.0%} confidence over {planned_looks(plan)} looks"
+    log_fail = math.log(fail_above_ms) + ROUNDING
+    conditions = f"{n} launches, {CONFIDENCE:.0%} confidence over {planned_looks(plan)} looks{', the teacher included' if share else ''}"
     if n < plan.launches:
         return refuse(value, f"only {n} valid launches of {plan.launches}", lower=lower, upper=upper, undecided=True)
     summary_only = clock in _PERCENTILE_CLOCKS and any(not launch.samples_ns for launch in measurement.launches)
     if summary_only:
         what, conditions = f"max (for {what}, the runtime gives a summary only)", conditions + ", judged by the maximum"
     within = math.log(upper) <= log_limit and (not summary_only or bool(np.all(x <= log_limit)))
-    exceeds = math.log(lower) > log_limit and not summary_only
+    exceeds = math.log(lower) > log_fail and not summary_only
+    about = f"the limit of {limit_ms:.4g} to {limit_upper_ms:.4g} ms" if share else f"{limit_ms:.4g} ms"
     if not within and not exceeds:
         more = n < plan.max_launches
         end = "more launches may decide" if more else f"{n} launches do not decide"
-        reason = f"{what} {value:.4g} ms in [{lower:.4g}, {upper:.4g}] around {limit_ms:.4g} ms; {end}"
+        reason = f"{what} {value:.4g} ms in [{lower:.4g}, {upper:.4g}] around {about}; {end}"
         return refuse(value, f"{reason} ({conditions})", lower=lower, upper=upper, undecided=more)
-    side = f"upper bound {upper:.4g} ms within" if within else f"lower bound {lower:.4g} ms above"
+    side = f"upper bound {upper:.4g} ms within {limit_ms:.4g} ms" if within else f"lower bound {lower:.4g} ms above {fail_above_ms:.4g} ms"
     return Check(
         name=name,
         outcome=Outcome.PASS if within else Outcome.FAIL,
@@ -196,5 +230,5 @@ def check_latency(measurement: Measurement, limit_ms: float, percentile: float, 
         upper=upper,
         confidence=CONFIDENCE,
         n=n,
-        reason=f"{what} {value:.4g} ms, {side} {limit_ms:.4g} ms ({conditions})",
+        reason=f"{what} {value:.4g} ms, {side} ({conditions})",
     )

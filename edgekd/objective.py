@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgekd.errors import DataError, InputError
 from edgekd.records import Precision
-from edgekd.stats import Interval, finite_vector, paired_binary_interval, paired_counts, paired_interval
+from edgekd.stats import Interval, finite_vector, graded_bounds, paired_binary_interval, paired_counts
 
 TWO_SIDED = 0.95
 _EACH_END = 0.5 + TWO_SIDED / 2.0
@@ -70,7 +70,7 @@ def accuracy_gain(first: Standing, second: Standing, *, binary: bool) -> Interva
     diff = np.asarray(second.scores, dtype=np.float64) - np.asarray(first.scores, dtype=np.float64)
     if diff.size == 1:
         raise DataError("graded scores of a single item cannot be compared", found=1, allowed="at least 2 items")
-    return paired_interval(diff, _EACH_END)
+    return graded_bounds(diff, _EACH_END)
 
 
 def is_faster(first: Standing, second: Standing) -> bool:

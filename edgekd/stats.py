@@ -170,13 +170,27 @@ def serial_mean_bounds(x: ArrayLike, confidence: float = CONFIDENCE) -> Interval
     return Interval(plain.value, plain.value - half, plain.value + half)
 
 
-def paired_interval(diff: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
-    """The mean of the paired differences `(items,)` with t bounds, each one-sided at `confidence`.
+def graded_bounds(x: ArrayLike, confidence: float = CONFIDENCE, *, reach: float | None = None) -> Interval:
+    """The mean of real-valued scores or of their paired differences, `(items,)`, with score-type bounds, each one-sided at `confidence`.
 
-    For real-valued scores. Assumes independent items and so many of them that the mean is close to normal; for scores
-    that are 0 or 1 use `paired_binary_interval`.
+    The half width is (r q^2 / 2 + q sqrt(n s^2 + r^2 q^2 / 4)) / n, with q Student's quantile, s the standard deviation seen and `reach` = r
+    how far one item not seen yet may lie from the mean: 1 for scores in [0, 1] and their differences. It is the far end of Wilson's
+    interval (JASA 22:209, 1927) for a rare event of size r, with n s^2 in place of the event's variance, taken at both ends. So it is
+    wider than t, and with s = 0 it is r q^2 / n, more than Tango's z^2 / (n + z^2) with no discordant pair. `reach=None` takes the largest
+    distance from the mean that was seen, which says nothing where all values are equal: then the width is zero.
+
+    For scores that are 0 or 1 use `paired_binary_interval`. Assumes independent items.
+
+    Raises:
+        DataError: fewer than two values, or a value that is not finite.
     """
-    return mean_bounds(diff, confidence)
+    values = finite_vector("the sample", x, at_least=2)
+    _check_probability("confidence", confidence)
+    n, mean = values.size, float(values.mean())
+    far = float(np.abs(values - mean).max()) if reach is None else reach
+    q = student_quantile(confidence, n - 1)
+    half = (far * q * q / 2.0 + q * math.sqrt(n * float(values.var(ddof=1)) + (far * q / 2.0) ** 2)) / n
+    return Interval(mean, mean - half, mean + half)
 
 
 def proportion_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:

@@ -4,38 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from edgekd.errors import EXIT_FAIL, EXIT_PASS, EXIT_REFUSE, BudgetError, DataError, InputError
 from edgekd.latency import (
     CONTENT,
     ROUNDING,
+    Limit,
     check_latency,
     estimate_latency,
     latencies_ms,
     look_confidence,
     planned_looks,
     require_samples,
+    share_of,
 )
 from edgekd.records import Budget, Check, Clock, Measurement, MeasurePlan, Outcome, Verdict
 from edgekd.stats import (
     CONFIDENCE,
     Interval,
     finite_vector,
-    mean_bounds,
+    graded_bounds,
     normal_quantile,
     paired_binary_interval,
     paired_counts,
-    paired_interval,
     proportion_interval,
 )
 
 __all__ = [
     "CONTENT",
     "EXIT_OF",
+    "Limit",
     "check_accuracy",
     "check_ceiling",
     "check_floor",
@@ -48,8 +51,10 @@ __all__ = [
     "latencies_ms",
     "look_confidence",
     "planned_looks",
+    "outcome_of",
     "require_samples",
-    "resolve_limit_ms",
+    "resolve_limit",
+    "same_outputs",
 ]
 
 EXIT_OF: Mapping[Outcome, int] = {Outcome.PASS: EXIT_PASS, Outcome.FAIL: EXIT_FAIL, Outcome.REFUSE: EXIT_REFUSE}
@@ -58,26 +63,50 @@ EXIT_OF: Mapping[Outcome, int] = {Outcome.PASS: EXIT_PASS, Outcome.FAIL: EXIT_FA
 _POWER = 0.95
 
 
-def _items_needed(spread: float, distance: float) -> str:
-    """How many items would separate a difference from the limit with 95 % power, given the variance of one paired difference."""
+def _items_needed(spread: float, distance: float, reach: float | None) -> str:
+    """How many items would separate a difference from the limit with 95 % power, given the variance of one paired difference.
+
+    `reach` is that of `graded_bounds`; `None` for binary scores.
+    """
     if distance <= 0.0:
         return "no number of items decides a difference that lies at the limit"
     z = normal_quantile(CONFIDENCE)
-    n = max((z + normal_quantile(_POWER)) ** 2 * spread / distance**2, z * z * (1.0 - min(distance, 1.0)) / distance)
+    seen = (z + normal_quantile(_POWER)) ** 2 * spread / distance**2
+    n = seen + z * z * reach / distance if reach is not None else max(seen, z * z * (1.0 - min(distance, 1.0)) / distance)
     return f"about {math.ceil(n)} items would decide it if the difference stays as seen"
 
 
-def check_accuracy(student_scores: ArrayLike, teacher_scores: ArrayLike, max_drop: float, binary: bool) -> Check:
+def same_outputs(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two sets of named outputs hold the same values, to the last bit."""
+    return first.keys() == second.keys() and all(np.array_equal(value, second[name]) for name, value in first.items())
+
+
+def _no_spread(values: NDArray[np.float64], magnitude: float) -> bool:
+    """Whether all values are equal but for rounding."""
+    return float(np.ptp(values)) <= 1e-12 * max(1.0, magnitude)
+
+
+def _require_bounded(name: str, values: NDArray[np.float64]) -> None:
+    if values.min() < 0.0 or values.max() > 1.0:
+        raise DataError(f"{name} leave the range that the task states", found=f"{values.min():.4g} to {values.max():.4g}", allowed="0 to 1")
+
+
+def check_accuracy(
+    student_scores: ArrayLike, teacher_scores: ArrayLike, max_drop: float, binary: bool, *, bounded: bool = False, identical: bool = False
+) -> Check:
     """The paired difference of the scores, student minus teacher, against `-max_drop`.
 
     Passes iff its lower bound is above -max_drop, fails iff its upper bound is below, else refuses: 99 % at each end. Binary scores
     take Tango's interval. Its lower bound lets a true drop of exactly max_drop pass in at most 1.05 % of the cases; its plain upper
     bound would fail such a student in up to 2 % where few items decide, so the upper bound is taken with one loss fewer: at most
     1.2 % (exact sizes by enumeration over 40 to 719 items, drops of 0 to 0.1; see the tests).
-    Graded scores take the t interval, which needs a mean that is close to normal. Values are differences of the task's metric.
+    Graded scores take `graded_bounds`: `bounded` says that they lie in [0, 1], so that one unseen item may lose 1; otherwise the
+    largest deviation seen stands for it, and differences that are all equal refuse, because they show no spread to judge by.
+    `identical` (the outputs themselves are the same values, see `same_outputs`) lets them pass: the student then is the teacher on
+    every item. Values are differences of the task's metric.
 
     Raises:
-        DataError: lengths differ, values are not finite, or binary scores are not 0 or 1.
+        DataError: lengths differ, values are not finite, binary scores are not 0 or 1, or bounded ones not in [0, 1].
         InputError: `max_drop` is negative or not finite.
     """
     if not (math.isfinite(max_drop) and max_drop >= 0.0):
@@ -86,6 +115,8 @@ def check_accuracy(student_scores: ArrayLike, teacher_scores: ArrayLike, max_dro
     if student.shape != teacher.shape:
         raise DataError("student and teacher are scored on the same items", found=f"{student.size} and {teacher.size} scores")
     n = student.size
+    unknown = ""
+    reach = None
     if binary:
         n11, n10, n01, n00 = paired_counts(student, teacher)
         bounds = paired_binary_interval(n11, n10, n01, n00, CONFIDENCE)
@@ -95,16 +126,26 @@ def check_accuracy(student_scores: ArrayLike, teacher_scores: ArrayLike, max_dro
         counts = f"{n} items, {n10} only the student has right, {n01} only the teacher"
     else:
         diff = student - teacher
-        bounds = paired_interval(diff, CONFIDENCE)
+        if bounded:
+            _require_bounded("the scores", np.concatenate((student, teacher)))
+        bounds = graded_bounds(diff, CONFIDENCE, reach=1.0 if bounded else None)
+        bounds = Interval(bounds.value, max(-1.0, bounds.lower), min(1.0, bounds.upper)) if bounded else bounds
         spread = float(diff.var(ddof=1))
+        reach = 1.0 if bounded else float(np.abs(diff - bounds.value).max())
+        if not bounded and not identical and _no_spread(diff, float(np.abs(student).max())):
+            unknown = f"all {n} differences are equal and the metric's range is not known, so nothing shows how far another item may lie"
         counts = f"{n} items, {int(np.count_nonzero(diff > 0))} better, {int(np.count_nonzero(diff < 0))} worse"
+    if identical:
+        counts = f"{counts}; the outputs are the same values"
     numbers = f"difference {bounds.value:+.4f} in [{bounds.lower:+.4f}, {bounds.upper:+.4f}], limit {-max_drop:+.4f} ({counts})"
-    if bounds.lower > -max_drop:
+    if unknown:
+        outcome, reason = Outcome.REFUSE, f"{numbers}; {unknown}"
+    elif bounds.lower > -max_drop:
         outcome, reason = Outcome.PASS, numbers
     elif bounds.upper < -max_drop:
         outcome, reason = Outcome.FAIL, numbers
     else:
-        outcome, reason = Outcome.REFUSE, f"{numbers}; {_items_needed(spread, abs(bounds.value + max_drop))}"
+        outcome, reason = Outcome.REFUSE, f"{numbers}; {_items_needed(spread, abs(bounds.value + max_drop), reach)}"
     return Check(
         name="accuracy drop",
         outcome=outcome,
@@ -119,10 +160,10 @@ def check_accuracy(student_scores: ArrayLike, teacher_scores: ArrayLike, max_dro
     )
 
 
-def check_floor(scores: ArrayLike, floor: float, binary: bool, name: str = "accuracy floor") -> Check:
+def check_floor(scores: ArrayLike, floor: float, binary: bool, name: str = "accuracy floor", *, bounded: bool = False) -> Check:
     """The mean score against a floor: passes iff its lower 99 % bound reaches it, fails iff the upper one does not, else refuses.
 
-    Binary scores take Wilson's interval, graded ones the t interval.
+    Binary scores take Wilson's interval, graded ones `graded_bounds`; equal scores of an unknown range refuse (see `check_accuracy`).
     """
     if not math.isfinite(floor):
         raise BudgetError(f"the {name} must be a finite number", found=floor)
@@ -131,9 +172,14 @@ def check_floor(scores: ArrayLike, floor: float, binary: bool, name: str = "accu
         right = paired_counts(values, values)[0]
         bounds = proportion_interval(right, values.size, CONFIDENCE)
     else:
-        bounds = mean_bounds(values, CONFIDENCE)
+        if bounded:
+            _require_bounded("the scores", values)
+        bounds = graded_bounds(values, CONFIDENCE, reach=1.0 if bounded else None)
+        bounds = Interval(bounds.value, max(0.0, bounds.lower), min(1.0, bounds.upper)) if bounded else bounds
     outcome = Outcome.PASS if bounds.lower >= floor else Outcome.FAIL if bounds.upper < floor else Outcome.REFUSE
     numbers = f"{bounds.value:.4f} in [{bounds.lower:.4f}, {bounds.upper:.4f}], floor {floor:.4f} ({values.size} items)"
+    if not binary and not bounded and _no_spread(values, float(np.abs(values).max())):
+        outcome, numbers = Outcome.REFUSE, f"{numbers}; all scores are equal and the metric's range is not known"
     return Check(
         name=name,
         outcome=outcome,
@@ -161,23 +207,30 @@ def check_ceiling(name: str, value: float | None, limit: float, unit: str) -> Ch
     return Check(name=name, outcome=Outcome.PASS if within else Outcome.FAIL, value=value, limit=limit, unit=unit, n=1, reason=reason)
 
 
-def combine(checks: Sequence[Check], simulated: str = "", accept_simulated: bool = False) -> Verdict:
-    """Any fail is a fail; else any refuse is a refuse; else pass. Simulated numbers cannot pass unless `accept_simulated`.
+def outcome_of(checks: Sequence[Check]) -> Outcome:
+    """What checks come to by themselves: any fail is a fail; else any refuse is a refuse; else pass."""
+    outcomes = {check.outcome for check in checks}
+    return next((outcome for outcome in (Outcome.FAIL, Outcome.REFUSE) if outcome in outcomes), Outcome.PASS)
 
-    The reason is one line with the numbers of the check that decided.
+
+def combine(checks: Sequence[Check], simulated: str = "", accept_simulated: bool = False) -> Verdict:
+    """Any fail is a fail; else any refuse is a refuse; else pass. Simulated numbers neither pass nor fail unless `accept_simulated`.
+
+    The reason is one line with the numbers of the check that decided. Where simulation turns a verdict into a refuse the checks keep
+    what they came to, and the reason names it.
 
     Raises:
         InputError: there are no checks.
     """
     if not checks:
         raise InputError("a verdict needs at least one check")
-    deciding = [check for check in checks if check.outcome is Outcome.FAIL] or [check for check in checks if check.outcome is Outcome.REFUSE]
-    outcome = deciding[0].outcome if deciding else Outcome.PASS
-    reason = "; ".join(f"{check.name}: {check.reason}" for check in deciding or checks)
-    if simulated and not accept_simulated and outcome is not Outcome.FAIL:
-        outcome, reason = Outcome.REFUSE, f"simulated ({simulated}); {reason}"
+    outcome = outcome_of(checks)
+    reason = "; ".join(f"{check.name}: {check.reason}" for check in checks if check.outcome is outcome)
+    if simulated and accept_simulated:
+        reason = f"simulated ({simulated}), accepted; {reason}"
     elif simulated:
-        reason = f"simulated ({simulated}), accepted; {reason}" if accept_simulated else f"simulated ({simulated}); {reason}"
+        would = f"; accepted it would be a {outcome.value}" if outcome is not Outcome.REFUSE else ""
+        outcome, reason = Outcome.REFUSE, f"simulated ({simulated}){would}; {reason}"
     return Verdict(outcome=outcome, checks=tuple(checks), reason=reason, simulated=simulated, accepted_simulated=bool(simulated) and accept_simulated)
 
 
@@ -189,30 +242,32 @@ def is_undecided(verdict: Verdict) -> bool:
 def judge(
     *,
     budget: Budget,
-    limit_ms: float,
+    limit_ms: Limit | float,
     measurement: Measurement,
     plan: MeasurePlan,
     student_scores: ArrayLike | None = None,
     teacher_scores: ArrayLike | None = None,
     binary: bool = True,
+    bounded: bool = False,
+    identical: bool = False,
     size_bytes: int | None = None,
     accept_simulated: bool = False,
     teacher_measurement: Measurement | None = None,
 ) -> Verdict:
     """Pass, fail or refuse: every line of the budget against its evidence.
 
-    `limit_ms` is the latency limit from `resolve_limit_ms`, resolved once and then kept. Scores are per item on the test split,
-    in the same order. Give `teacher_measurement` where the limit is a share of the teacher's latency: if it is invalid the limit is worth nothing
-    and the verdict refuses.
+    `limit_ms` is the latency limit, from `resolve_limit` or a number. Scores are per item on the test split, in the same order;
+    `binary`, `bounded` and `identical` are told by `check_accuracy`. Give `teacher_measurement` where the limit is a share of the teacher's
+    latency: if it is invalid the limit is worth nothing and the latency neither passes nor fails.
 
     Raises:
         InputError: evidence for a line of the budget is missing, not finite, or too small for the percentile.
     """
-    checks = [check_latency(measurement, limit_ms, budget.percentile, budget.clock, plan)]
+    latency = check_latency(measurement, limit_ms, budget.percentile, budget.clock, plan)
     if budget.latency_share is not None and teacher_measurement is not None and not teacher_measurement.valid:
-        checks.append(
-            Check(name="latency limit", outcome=Outcome.REFUSE, value=limit_ms, limit=limit_ms, unit="ms", reason=f"the teacher's {teacher_measurement.reason}")
-        )
+        reason = f"the limit is a share of the teacher's latency, and that is an invalid measurement: {teacher_measurement.reason or 'no reason recorded'}"
+        latency = msgspec.structs.replace(latency, outcome=Outcome.REFUSE, lower=None, upper=None, reason=reason, undecided=False)
+    checks = [latency]
     if budget.first_inference_ms is not None:
         checks.append(check_latency(measurement, budget.first_inference_ms, budget.percentile, Clock.FIRST, plan, "first inference"))
     if budget.init_ms is not None:
@@ -227,37 +282,40 @@ def judge(
     if budget.max_drop is not None:
         if student_scores is None or teacher_scores is None:
             raise InputError("the budget limits the drop, but scores are missing", hint="score student and teacher on the same items")
-        checks.append(check_accuracy(student_scores, teacher_scores, budget.max_drop, binary))
+        checks.append(check_accuracy(student_scores, teacher_scores, budget.max_drop, binary, bounded=bounded, identical=identical))
     if budget.accuracy_floor is not None:
         if student_scores is None:
             raise InputError("the budget has an accuracy floor, but the student's scores are missing")
-        checks.append(check_floor(student_scores, budget.accuracy_floor, binary))
+        checks.append(check_floor(student_scores, budget.accuracy_floor, binary, bounded=bounded))
     verdict = combine(checks, measurement.simulated, accept_simulated)
     if budget.max_drop is None and budget.accuracy_floor is None:
         verdict = msgspec.structs.replace(verdict, reason=f"{verdict.reason}; accuracy: not judged, the budget has no max_drop")
     return verdict
 
 
-def resolve_limit_ms(budget: Budget, teacher_measurement: Measurement | None = None, *, allow_extreme: bool = False) -> float:
-    """The latency limit in milliseconds: the budget's own, or its share of the teacher's geometric mean over valid launches.
+def resolve_limit(budget: Budget, plan: MeasurePlan, teacher_measurement: Measurement | None = None, *, allow_extreme: bool = False) -> Limit:
+    """The latency limit: the budget's own, or its share of the teacher's geometric mean over valid launches, with the mean's bounds.
 
-    With a teacher's measurement, an absolute limit is checked for its unit.
+    With a teacher's measurement, an absolute limit is checked for its unit. A share is resolved anew at each look, with the teacher's
+    launches of that look: its bounds hold at `look_confidence(plan, share=True)`, so all looks together stay within the error of 1 %.
 
     Raises:
         BudgetError: a share without a teacher; or a limit above the teacher's latency or below a hundredth of it, unless `allow_extreme`.
-        MeasurementInvalid: the teacher has no valid launch.
+        MeasurementInvalid: the teacher has fewer than two valid launches.
     """
     if budget.latency_share is not None and teacher_measurement is None:
         raise BudgetError("a budget as a share needs the teacher's latency on this target", found=f"latency_share={budget.latency_share}")
     if teacher_measurement is None:
         assert budget.latency_ms is not None  # Budget holds exactly one of the two
-        return budget.latency_ms
+        return Limit(budget.latency_ms)
     if not teacher_measurement.launches and budget.latency_ms is not None:
-        return budget.latency_ms  # the plausibility of an absolute limit cannot be checked; the verdict refuses on its own
+        return Limit(budget.latency_ms)  # the plausibility of an absolute limit cannot be checked; the verdict refuses on its own
     teacher_ms = estimate_latency(teacher_measurement, budget.percentile, budget.clock).value
-    limit = budget.latency_ms if budget.latency_ms is not None else budget.latency_share * teacher_ms  # type: ignore[operator]
-    check_plausible(limit, teacher_ms, budget.percentile, allow_extreme=allow_extreme)
-    return limit
+    wanted = budget.latency_ms if budget.latency_ms is not None else budget.latency_share * teacher_ms  # type: ignore[operator]
+    check_plausible(wanted, teacher_ms, budget.percentile, allow_extreme=allow_extreme)
+    if budget.latency_share is None:
+        return Limit(wanted)
+    return share_of(budget.latency_share, teacher_measurement, budget.percentile, budget.clock, plan)
 
 
 def check_plausible(limit_ms: float, teacher_ms: float, percentile: float, *, allow_extreme: bool) -> None:

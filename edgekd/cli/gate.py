@@ -22,7 +22,7 @@ _TASK = click.option(
     metavar="MODULE:NAME",
     help="Your own task, where the bundle was judged by one. It is imported because you name it; a bundle's word is not enough.",
 )
-_SIMULATED = click.option("--accept-simulated", is_flag=True, help="Let a null, emulated or fake target pass; otherwise it refuses.")
+_SIMULATED = click.option("--accept-simulated", is_flag=True, help="Let a null, emulated or fake target pass or fail; otherwise it refuses.")
 
 
 @click.command()

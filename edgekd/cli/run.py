@@ -65,7 +65,7 @@ def _shipped_line(bundle: Path) -> str:
 @target_option()
 @set_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
-@click.option("--accept-simulated", is_flag=True, help="Let a simulated target pass; the manifest records it.")
+@click.option("--accept-simulated", is_flag=True, help="Let a simulated target pass or fail; the manifest records it.")
 @json_option
 def demo(run_dir: Path, target: str, overrides: tuple[str, ...], seed: int, accept_simulated: bool, as_json: bool) -> int:
     """Run the whole pipeline on scikit-learn's handwritten digits: a teacher, and a student under half its latency."""
@@ -97,7 +97,7 @@ def demo(run_dir: Path, target: str, overrides: tuple[str, ...], seed: int, acce
 @click.option("--task", type=click.Choice(["classification", "regression"]), help="With --quantize-only: what outputs mean. Default: told from the data.")
 @click.option("--seed", type=click.IntRange(min=0), help="With --quantize-only: seed of the split. Default: 0.")
 @click.option("--allow-extreme", is_flag=True, default=None, help="Accept a budget above the teacher's latency or below a hundredth of it.")
-@click.option("--accept-simulated", is_flag=True, default=None, help="Let a simulated target pass; the manifest records it.")
+@click.option("--accept-simulated", is_flag=True, default=None, help="Let a simulated target pass or fail; the manifest records it.")
 def compress(job: Path | None, plan_only: bool, overrides: tuple[str, ...], run_dir: Path | None, as_json: bool, model: Path | None, **only: Any) -> int:
     """Make a student that meets a budget: from JOB (a TOML file), or from one ONNX file with --quantize-only.
 

@@ -11,16 +11,21 @@ OUTCOME_WORDS = {
 }
 
 
+def _decided(verdict: Verdict) -> bool:
+    """Whether the checks by themselves come to a pass or a fail."""
+    outcomes = {check.outcome for check in verdict.checks}
+    return Outcome.FAIL in outcomes or Outcome.REFUSE not in outcomes
+
+
 def outcome_text(verdict: Verdict) -> str:
     """The outcome in words. A refuse that no check asked for (simulated numbers, another device) names its own reason."""
-    own = verdict.outcome is Outcome.REFUSE and verdict.reason and all(check.outcome is Outcome.PASS for check in verdict.checks)
+    own = verdict.outcome is Outcome.REFUSE and verdict.reason and _decided(verdict)
     return f"REFUSE: {' '.join(verdict.reason.split()).split('; ')[0]}" if own else OUTCOME_WORDS[verdict.outcome]
 
 
 def next_step(verdict: Verdict) -> str:
     """What turns a refuse that is only about simulated numbers into a verdict; empty for every other verdict."""
-    passing = bool(verdict.checks) and all(check.outcome is Outcome.PASS for check in verdict.checks)
-    if verdict.outcome is not Outcome.REFUSE or not verdict.simulated or verdict.accepted_simulated or not passing:
+    if verdict.outcome is not Outcome.REFUSE or not verdict.simulated or verdict.accepted_simulated or not (verdict.checks and _decided(verdict)):
         return ""
     return "take a real target, or accept the simulation: --accept-simulated (in a job: options.accept_simulated = true)"
 

@@ -56,6 +56,17 @@ def test_junit_adds_a_case_when_the_verdict_is_worse_than_its_checks() -> None:
     assert kinds(junit_xml(made)) == {"latency p50": "ok", "verdict": "failure"}
 
 
+@pytest.mark.parametrize(("on_refuse", "tag", "code"), [("fail", "failure", 2), ("neutral", "skipped", 0)])
+def test_junit_of_a_simulated_fail_agrees_with_the_gate_that_refuses(on_refuse: OnRefuse, tag: str, code: int) -> None:
+    checks = (check("latency", Outcome.FAIL), check("size", Outcome.PASS), check("memory", Outcome.REFUSE))
+    made = report(Outcome.REFUSE, *checks, on_refuse=on_refuse, reason="simulated (null); accepted it would be a fail", simulated="null")
+    assert made.exit_code == code
+    assert kinds(junit_xml(made)) == {"latency": tag, "size": "ok", "memory": tag}
+    text = markdown(made)
+    assert "REFUSE: simulated (null)." in text
+    assert "--accept-simulated" in text
+
+
 def test_junit_of_a_verdict_without_checks_still_has_a_case() -> None:
     assert kinds(junit_xml(report(Outcome.FAIL))) == {"verdict": "failure"}
     assert kinds(junit_xml(report(Outcome.PASS))) == {"verdict": "ok"}

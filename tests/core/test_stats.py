@@ -10,13 +10,13 @@ from scipy import optimize, stats
 
 from edgekd.errors import DataError, InputError
 from edgekd.stats import (
+    graded_bounds,
     lag_one,
     mean_bounds,
     min_samples,
     normal_quantile,
     paired_binary_interval,
     paired_counts,
-    paired_interval,
     percentile_of,
     proportion_interval,
     serial_mean_bounds,
@@ -80,7 +80,6 @@ def test_mean_bounds_equal_scipy_t_interval() -> None:
     got = mean_bounds(x, 0.99)
     expected = stats.t.interval(0.98, 16, loc=x.mean(), scale=stats.sem(x))
     assert (got.lower, got.upper) == pytest.approx(expected, rel=1e-10)
-    assert paired_interval(x, 0.99) == got
 
 
 @pytest.mark.parametrize("bad", [[1.0], [1.0, math.nan], [1.0, math.inf], [[1.0, 2.0]]])
@@ -179,3 +178,26 @@ def test_serial_mean_bounds_cover_the_mean_of_a_correlated_series_where_plain_on
     serial = sum(serial_mean_bounds(row, 0.975).lower > 0 for row in x) / replicates
     plain = sum(mean_bounds(row, 0.975).lower > 0 for row in x) / replicates
     assert serial < 0.05 < plain
+
+
+@pytest.mark.parametrize("n", [2, 20, 200, 719, 5000])
+def test_graded_bounds_are_never_narrower_than_t_nor_than_tango_without_discordant_pairs(n: int) -> None:
+    tango = paired_binary_interval(n, 0, 0, 0, 0.99)
+    rng = np.random.default_rng(n)
+    for diff in (np.zeros(n), rng.normal(0.0, 0.1, size=n), np.where(np.arange(n) == 0, -1.0, 0.0)):
+        got, plain = graded_bounds(diff, 0.99, reach=1.0), mean_bounds(diff, 0.99)
+        assert got.upper - got.value == pytest.approx(got.value - got.lower)
+        assert got.lower <= plain.lower
+        assert got.value - got.lower >= -tango.lower
+        free = graded_bounds(diff, 0.99)
+        assert free.lower <= plain.lower
+
+
+def test_graded_bounds_tend_to_t_with_many_items_and_scale_with_the_unit() -> None:
+    x = np.random.default_rng(0).normal(size=50000)
+    got, plain = graded_bounds(x, 0.99), mean_bounds(x, 0.99)
+    assert 1.0 < (got.value - got.lower) / (plain.value - plain.lower) < 1.03
+    scaled = graded_bounds(10.0 * x + 3.0, 0.99)
+    assert scaled.lower == pytest.approx(10.0 * got.lower + 3.0)
+    still = graded_bounds([0.5] * 20)
+    assert (still.lower, still.upper) == (0.5, 0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from sklearn.metrics import r2_score
 
 from edgekd.contracts import Task
 from edgekd.errors import ConfigError, DataError, ModelError
-from edgekd.tasks import Classification, MultiTask, Regression, as_task, task_from, unpack_batch
+from edgekd.tasks import Classification, MultiTask, Regression, as_task, has_bounded_scores, task_from, unpack_batch
 from edgekd.tree import flatten_outputs
 
 RANDOM = np.random.default_rng(0)
@@ -235,3 +235,13 @@ def test_outputs_are_named_by_their_key_path_in_order() -> None:
 def test_outputs_without_a_name_of_their_own_are_refused(outputs: Any, text: str) -> None:
     with pytest.raises(ModelError, match=text):
         flatten_outputs(outputs)
+
+
+def test_scores_are_bounded_only_where_the_task_states_it() -> None:
+    class Own:
+        """A task of another package that states nothing."""
+
+    both = MultiTask({"kind": Classification(), "sort": Classification()})
+    mixed = MultiTask({"kind": Classification(), "size": Regression()})
+    known = [has_bounded_scores(task) for task in (Classification(), Regression(), both, mixed, cast("Task", Own()))]
+    assert known == [True, False, True, False, False]

@@ -9,9 +9,10 @@ import pytest
 
 from edgekd.errors import BudgetError, DataError, InputError, MeasurementInvalid
 from edgekd.records import Budget, Check, Clock, Fingerprint, Grade, Launch, LaunchProtocol, Limits, Measurement, MeasurePlan, Outcome
-from edgekd.stats import min_samples, tolerance_factor
+from edgekd.stats import min_samples, student_quantile, tolerance_factor
 from edgekd.verdict import (
     EXIT_OF,
+    Limit,
     check_accuracy,
     check_ceiling,
     check_floor,
@@ -22,7 +23,8 @@ from edgekd.verdict import (
     look_confidence,
     planned_looks,
     require_samples,
-    resolve_limit_ms,
+    resolve_limit,
+    same_outputs,
 )
 
 PLAN = MeasurePlan()
@@ -168,12 +170,67 @@ def test_accuracy_of_identical_answers_needs_enough_items() -> None:
     assert check_accuracy(*pairs(174, 0, 0), 0.03, True).outcome is Outcome.REFUSE
 
 
-def test_accuracy_of_graded_scores_takes_the_t_interval() -> None:
+def test_accuracy_of_graded_scores_is_judged_by_the_paired_bounds() -> None:
     rng = np.random.default_rng(3)
     teacher = rng.normal(size=400)
     assert check_accuracy(teacher - 0.01 + 0.01 * rng.normal(size=400), teacher, 0.03, False).outcome is Outcome.PASS
     assert check_accuracy(teacher - 0.05 + 0.01 * rng.normal(size=400), teacher, 0.03, False).outcome is Outcome.FAIL
     assert check_accuracy(teacher - 0.03 + 0.01 * rng.normal(size=400), teacher, 0.03, False).outcome is Outcome.REFUSE
+
+
+@pytest.mark.parametrize("n", [50, 174, 176, 719])
+def test_accuracy_of_bounded_scores_claims_no_more_than_binary_ones_when_nothing_differs(n: int) -> None:
+    scores = np.linspace(0.0, 1.0, n)
+    graded, binary = check_accuracy(scores, scores, 0.03, False, bounded=True), check_accuracy(*pairs(n, 0, 0), 0.03, True)
+    assert graded.lower is not None
+    assert binary.lower is not None
+    assert graded.lower <= binary.lower < 0.0
+    assert graded.outcome is (Outcome.PASS if n == 719 else Outcome.REFUSE)
+    if n == 50:
+        assert "about 181 items would decide" in graded.reason  # z^2 / d at d = 0.03
+
+
+def test_accuracy_of_bounded_scores_passes_with_the_number_of_items_that_its_refuse_names() -> None:
+    rng = np.random.default_rng(8)
+    diff = rng.normal(-0.01, 0.05, size=4000)
+    few = check_accuracy(0.5 + diff[:150], np.full(150, 0.5), 0.03, False, bounded=True)
+    assert few.outcome is Outcome.REFUSE
+    assert few.value is not None
+    needed = int(few.reason.split("about ")[1].split(" items")[0])
+    passed = [
+        check_accuracy(0.5 + some, np.full(needed, 0.5), 0.03, False, bounded=True).outcome is Outcome.PASS
+        for some in (rng.normal(few.value, diff[:150].std(ddof=1), size=needed) for _ in range(200))
+    ]
+    assert np.mean(passed) > 0.9
+
+
+def test_accuracy_of_unknown_range_refuses_equal_differences_unless_the_outputs_are_the_same() -> None:
+    scores = np.linspace(-3.0, 1.0, 500)
+    for shift in (0.0, 0.01, -0.2):
+        check = check_accuracy(scores + shift, scores, 0.03, False)
+        assert check.outcome is Outcome.REFUSE
+        assert "all 500 differences are equal and the metric's range is not known" in check.reason
+    same = check_accuracy(scores, scores, 0.03, False, identical=True)
+    assert same.outcome is Outcome.PASS
+    assert "the outputs are the same values" in same.reason
+    assert check_accuracy(scores, scores - 1e-6 * np.sin(np.arange(500)), 0.03, False).outcome is Outcome.PASS
+    assert check_floor(np.full(500, 0.9), 0.5, False).outcome is Outcome.REFUSE
+    assert check_floor(np.full(500, 0.9), 0.5, False, bounded=True).outcome is Outcome.PASS
+    assert check_floor(np.full(50, 1.0), 0.95, False, bounded=True).outcome is Outcome.REFUSE
+
+
+def test_bounded_scores_outside_their_range_are_refused() -> None:
+    with pytest.raises(DataError, match="leave the range"):
+        check_accuracy([0.5, 1.5], [0.5, 0.5], 0.1, False, bounded=True)
+    with pytest.raises(DataError, match="leave the range"):
+        check_floor([0.5, -0.1], 0.1, False, bounded=True)
+
+
+def test_outputs_are_the_same_only_to_the_last_bit_and_by_name() -> None:
+    one = {"y": np.array([1.0, 2.0], dtype=np.float32)}
+    assert same_outputs(one, {"y": one["y"].copy()})
+    assert not same_outputs(one, {"y": np.nextafter(one["y"], np.float32(9))})
+    assert not same_outputs(one, {"z": one["y"]})
 
 
 @pytest.mark.parametrize(
@@ -207,7 +264,9 @@ P, F, R = (made(outcome) for outcome in (Outcome.PASS, Outcome.FAIL, Outcome.REF
         ([R, F, P], "", False, Outcome.FAIL),
         ([P], "null", False, Outcome.REFUSE),
         ([P], "null", True, Outcome.PASS),
-        ([F], "null", False, Outcome.FAIL),
+        ([F], "null", False, Outcome.REFUSE),
+        ([R, F], "null", False, Outcome.REFUSE),
+        ([R], "null", False, Outcome.REFUSE),
         ([F], "null", True, Outcome.FAIL),
         ([R], "null", True, Outcome.REFUSE),
     ],
@@ -218,6 +277,9 @@ def test_combine_orders_fail_before_refuse_before_pass(checks: list[Check], simu
     assert "\n" not in verdict.reason
     assert verdict.accepted_simulated == (bool(simulated) and accept)
     assert ("simulated (null)" in verdict.reason) == (simulated == "null")
+    assert verdict.checks == tuple(checks)
+    by_itself = Outcome.FAIL if F in checks else Outcome.REFUSE if R in checks else Outcome.PASS
+    assert (f"accepted it would be a {by_itself.value}" in verdict.reason) == (expected is not by_itself)
 
 
 def test_exit_codes_tell_the_three_outcomes() -> None:
@@ -254,32 +316,61 @@ def test_judge_refuses_a_share_of_an_invalid_teacher() -> None:
     verdict = judge(budget=Budget(latency_share=0.5), limit_ms=0.5, measurement=measurement([0.1] * 20), plan=PLAN, teacher_measurement=teacher)
     assert verdict.outcome is Outcome.REFUSE
     assert "9 contended" in verdict.reason
+    slow = judge(budget=Budget(latency_share=0.5), limit_ms=0.5, measurement=measurement([0.9] * 20), plan=PLAN, teacher_measurement=teacher)
+    assert slow.outcome is Outcome.REFUSE, "a limit that was not measured is not exceeded either"
+    assert not is_undecided(slow)
 
 
-def test_limit_is_the_share_of_the_teachers_geometric_mean() -> None:
-    teacher = measurement([1.0, 4.0])
-    assert resolve_limit_ms(Budget(latency_share=0.5), teacher) == pytest.approx(1.0)
-    assert resolve_limit_ms(Budget(latency_share=1.0), teacher) == pytest.approx(2.0)
-    assert resolve_limit_ms(Budget(latency_ms=0.3)) == 0.3
+def test_limit_of_a_share_has_the_two_ends_of_the_teachers_mean() -> None:
+    limit = resolve_limit(Budget(latency_share=0.5), PLAN, measurement(noisy(20, 2.0, 0.05)))
+    assert limit.upper_ms is not None
+    assert math.sqrt(limit.ms * limit.upper_ms) == pytest.approx(1.0, rel=1e-5)
+    assert look_confidence(PLAN, share=True) == pytest.approx(1 - 0.01 / 6)
+    half = student_quantile(1 - 0.01 / 6, 19) * 0.05 / math.sqrt(20)
+    assert math.log(limit.upper_ms / limit.ms) / 2 >= half * (1 - 1e-5)
+    equal = resolve_limit(Budget(latency_share=0.5), PLAN, measurement([2.0] * 20))
+    assert equal.ms == pytest.approx(1.0)
+    assert equal.upper_ms == pytest.approx(1.0)
+    assert resolve_limit(Budget(latency_ms=0.3), PLAN) == Limit(0.3)
+
+
+@pytest.mark.parametrize(("student_ms", "expected"), [(0.90, Outcome.PASS), (0.97, Outcome.REFUSE), (1.03, Outcome.REFUSE), (1.10, Outcome.FAIL)])
+def test_latency_against_a_share_decides_only_outside_the_teachers_uncertainty(student_ms: float, expected: Outcome) -> None:
+    limit = resolve_limit(Budget(latency_share=0.5), PLAN, measurement(noisy(20, 2.0, 0.05)))
+    check = check_latency(measurement(noisy(20, student_ms, 0.005, seed=1)), limit, 90, Clock.END_TO_END, PLAN)
+    assert check.outcome is expected
+    assert check.limit == limit.ms
+    assert "the teacher included" in check.reason
+
+
+def test_share_of_the_demo_passes_with_a_teacher_that_spreads() -> None:
+    """A teacher of 1.7 ms with 5 %, a student of 0.12 ms: half the teacher's latency is far away."""
+    limit = resolve_limit(Budget(latency_share=0.5), PLAN, measurement(noisy(20, 1.7, 0.05)))
+    assert check_latency(measurement(noisy(20, 0.12, 0.05)), limit, 50, Clock.END_TO_END, PLAN).outcome is Outcome.PASS
+
+
+def test_limit_needs_a_teacher_that_was_measured() -> None:
     with pytest.raises(BudgetError, match="teacher"):
-        resolve_limit_ms(Budget(latency_share=0.5))
+        resolve_limit(Budget(latency_share=0.5), PLAN)
     nothing = measurement([], valid=False, reason="6 of 6 launches rejected: 6 contended")
     with pytest.raises(MeasurementInvalid, match="6 contended") as caught:
-        resolve_limit_ms(Budget(latency_share=0.5), nothing)
+        resolve_limit(Budget(latency_share=0.5), PLAN, nothing)
     assert caught.value.exit_code == 2
+    with pytest.raises(MeasurementInvalid):
+        resolve_limit(Budget(latency_share=0.5), PLAN, measurement([1.0]))
 
 
 @pytest.mark.parametrize("wrong", [300.0, 2.1, 0.019, 0.0003])
 def test_limit_in_the_wrong_unit_stops_unless_allowed(wrong: float) -> None:
     teacher = measurement([2.0] * 3)
     with pytest.raises(BudgetError, match="milliseconds"):
-        resolve_limit_ms(Budget(latency_ms=wrong), teacher)
-    assert resolve_limit_ms(Budget(latency_ms=wrong), teacher, allow_extreme=True) == wrong
+        resolve_limit(Budget(latency_ms=wrong), PLAN, teacher)
+    assert resolve_limit(Budget(latency_ms=wrong), PLAN, teacher, allow_extreme=True) == Limit(wrong)
 
 
 def test_limit_takes_a_short_screen_but_no_short_verdict() -> None:
     short = measurement([2.0] * 3, count=50)
     screened = Measurement.from_json(short.to_json().replace(b'"grade":"verdict"', b'"grade":"screen"'))
-    assert resolve_limit_ms(Budget(latency_share=0.5, percentile=90), screened) == pytest.approx(1.0)
+    assert resolve_limit(Budget(latency_share=0.5, percentile=90), PLAN, screened).ms == pytest.approx(1.0)
     with pytest.raises(InputError, match="at least 64"):
-        resolve_limit_ms(Budget(latency_share=0.5, percentile=90), short)
+        resolve_limit(Budget(latency_share=0.5, percentile=90), PLAN, short)

@@ -13,8 +13,8 @@ from edgekd.bundle import open_bundle
 from edgekd.cli.main import cli
 from edgekd.errors import BudgetError
 from edgekd.options import TrainOptions
-from edgekd.records import Budget, Outcome
-from edgekd.result import RunSummary
+from edgekd.records import Budget, Outcome, Point
+from edgekd.result import Result, RunSummary
 from edgekd.spaces import Fixed
 from tests.pipeline import pipeline_kit as kit
 from tests.pipeline.plugin_kit import install_runtimes
@@ -77,8 +77,46 @@ def test_a_budget_out_of_reach_ends_with_a_certificate_and_no_bundle(student: Fi
     assert "would fit" in result.verdict.reason
     assert "would fit" in result.report.read_text(encoding="utf-8")
     (row,) = kit.rows_of(result, "search", "feasibility")
-    assert row.reason == result.verdict.reason
+    assert result.verdict.reason == f"simulated (null), accepted; latency: {row.reason}"
     assert RunSummary.load(result.run_dir / "run.json").bundle == ""
+
+
+def test_a_budget_out_of_reach_on_a_simulated_target_is_a_refuse(tmp_path: Path) -> None:
+    refusing = kit.options(accept_simulated=False)
+    result = kit.run("classification", tmp_path / "run", student=kit.fixed("classification"), options=refusing, budget=Budget(latency_ms=0.03))
+    assert (result.verdict.outcome, result.exit_code, result.bundle) == (Outcome.REFUSE, 2, None)
+    assert result.verdict.reason.startswith("simulated (null); accepted it would be a fail; latency: Not feasible under 0.03 ms")
+    assert [check.outcome for check in result.verdict.checks] == [Outcome.FAIL]
+    assert RunSummary.load(result.run_dir / "run.json").verdict == result.verdict
+
+
+def test_a_share_that_is_missed_by_less_than_the_teachers_uncertainty_is_a_refuse(tmp_path: Path) -> None:
+    def student(share: float, run_dir: str) -> tuple[Result, Point, Point]:
+        result = kit.run("classification", tmp_path / run_dir, student=kit.fixed("classification"), budget=Budget(latency_share=share))
+        by_role = {point.role: point for point in result.points if point.label == "fixed" or (point.role == "teacher" and point.precision == "fp32")}
+        return result, by_role.pop("teacher"), by_role.popitem()[1]
+
+    far, teacher, fastest = student(0.05, "far")
+    assert far.verdict.outcome is Outcome.FAIL
+    assert teacher.upper_ms > teacher.latency_ms * 1.02
+    near, *_ = student(fastest.lower_ms / teacher.latency_ms * 0.985, "near")
+    assert "Not feasible under" in near.verdict.reason
+    assert (near.verdict.outcome, near.bundle) == (Outcome.REFUSE, None)
+    assert "the limit is a share of the teacher's latency" in near.verdict.reason
+
+
+def test_students_that_all_diverge_end_in_a_refuse_that_names_each(tmp_path: Path) -> None:
+    wild = kit.options(
+        accept_simulated=True,
+        train=TrainOptions(epochs=1, batch_size=64, learning_rate=1e30, threads=1, precision="fp32", teacher_outputs="cached", views=1, init_from_teacher="no"),
+    )
+    result = kit.run("classification", tmp_path / "run", student=kit.family("classification", width=[4, 8]), options=wild, budget=Budget(latency_ms=0.1))
+    assert (result.verdict.outcome, result.exit_code, result.bundle) == (Outcome.REFUSE, 2, None)
+    (check,) = result.verdict.checks
+    assert (check.name, check.value) == ("student", None)
+    for width in (4, 8):
+        assert f"width={width}: the training left the finite numbers in epoch 1, step " in result.verdict.reason
+    assert not (result.run_dir / "bundle").exists()
 
 
 def test_the_limit_that_the_certificate_names_does_fit(tmp_path: Path) -> None:
