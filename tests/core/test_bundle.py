@@ -74,7 +74,9 @@ def changed(value: Any) -> Any:
     return value | {"x": "x"}
 
 
-@pytest.mark.parametrize("field", [name for name in Manifest.__struct_fields__ if name not in ("student", "artifact", "budget", "verdict", "fingerprint")])
+@pytest.mark.parametrize(
+    "field", [name for name in Manifest.__struct_fields__ if name not in ("student", "artifact", "budget", "verdict", "fingerprint", "profile")]
+)
 def test_changed_field_of_the_manifest_is_refused(bundle: Path, field: str) -> None:
     content = json.loads((bundle / MANIFEST).read_text())
     content[field] = changed(content[field])
@@ -90,6 +92,8 @@ def test_changed_field_of_the_manifest_is_refused(bundle: Path, field: str) -> N
         (("verdict", "outcome"), "fail"),
         (("artifact", "size_bytes"), 1),
         (("fingerprint", "fields", "cpu_model"), "another"),
+        (("profile", "runtime", "threads"), 7),
+        (("profile", "measure", "verdict", "launches"), 1),
     ],
 )
 def test_changed_value_inside_the_manifest_is_refused(bundle: Path, place: tuple[str, ...], value: Any) -> None:

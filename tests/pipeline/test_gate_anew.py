@@ -67,7 +67,7 @@ class Listening:
 
 def listening(live: LiveTarget) -> Listening:
     heard = Listening(live.runtime, live.profile.measure.verdict.launch)
-    live.runtime = heard  # type: ignore[assignment]
+    live.runtime = heard
     return heard
 
 
