@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgekd.cli.main import cli
-from edgekd.errors import BudgetError, ConfigError, DataError
+from edgekd.errors import BudgetError, ConfigError
 from edgekd.jobs import Job, load_job
 from edgekd.records import Profile
 from edgekd.toml_file import parse_toml, to_record

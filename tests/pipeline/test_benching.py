@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgekd.benching import bench, random_inputs, summarize
-from edgekd.errors import DataError, InputError, ModelError
+from edgekd.errors import InputError, ModelError
 from edgekd.records import Grade, IOSpec, TensorSpec
 from edgekd.target import connect
 from tests.pipeline.bundle_kit import home, save_net
