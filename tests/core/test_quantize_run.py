@@ -109,8 +109,10 @@ def test_a_sturdy_net_stays_int8_throughout(tmp_path: Path) -> None:
 
 
 def test_exactly_the_fragile_layer_returns_to_float(tmp_path: Path) -> None:
-    result = run(FragileNet, tmp_path)
+    clock = Clock()
+    result = run(FragileNet, tmp_path, clock=clock)
     assert result.recipe.float_ops == ("conv2/Conv",)
+    assert clock.asked[-2:] == ["float", "mixed"]  # side by side
     assert result.scores.mean() >= 0.9
     plain = [row for row in result.tried if not row.float_ops]
     assert all(row.drop is not None and row.drop > 0.1 for row in plain)
