@@ -292,7 +292,9 @@ class Task(Protocol):
 
     `unpack` splits what the collate function gives into named inputs and a target. A score is per item and higher is
     better; the metric is the mean score. `binary` says that scores are 0 or 1. A task with graded scores in [0, 1] says so by an
-    attribute `bounded = True`; without it their range is unknown, and scores that show no spread are refused.
+    attribute `bounded = True`; without it their range is unknown, and scores that show no spread are refused. A subclass with `scores` of
+    its own states it anew. Both are compared with the teacher's scores on validation before anything is trained. A gate takes the task whose
+    source and state are those of the run: what `check` learns is left out of the state by a `__getstate__`.
     """
 
     name: str

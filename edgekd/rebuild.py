@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgekd.contracts import Tensors
 from edgekd.errors import InputError, MissingDependency, ModelError
-from edgekd.provenance import code_hash, import_factory
+from edgekd.provenance import code_hash
 from edgekd.records import Probe, StudentSpec, TensorSpec
 from edgekd.spaces import call_factory
 from edgekd.storage import write_atomic
@@ -212,15 +212,24 @@ def check_probe(spec: StudentSpec, module: torch.nn.Module) -> None:
             )
 
 
-def rebuild(spec: StudentSpec, weights: Path, *, teacher_module: torch.nn.Module | None = None, allow_changed: bool = False) -> torch.nn.Module:
-    """The student in evaluation mode, from its factory (imported by name) and its weights; nothing is unpickled.
+def rebuild(
+    spec: StudentSpec,
+    weights: Path,
+    *,
+    factory: Callable[..., torch.nn.Module] | None = None,
+    teacher_module: torch.nn.Module | None = None,
+    allow_changed: bool = False,
+) -> torch.nn.Module:
+    """The student in evaluation mode, from its factory and its weights; nothing is unpickled, and nothing is imported because the spec names it.
 
-    Where the spec names no factory, a copy of `teacher_module` is filled. Names, shapes and types are compared with the spec, then
-    with the file; at last the probe must answer as recorded. `allow_changed=True` accepts a factory whose source changed.
+    `factory` is the one that the run was given, imported by you; `spec.factory` says its name. A student that was given as a module is a copy of
+    `teacher_module`, filled. Names, shapes and types are compared with the spec, then with the file; at last the probe must answer as recorded.
+    `allow_changed=True` accepts a factory whose source changed.
 
     Raises:
-        InputError: not rebuildable, the factory cannot be imported or was changed, the weights cannot be read, or the
-            student was pruned (its own space rebuilds it).
+        ConfigError: the factory cannot be identified by its source.
+        InputError: neither factory nor module is given, the factory is another or was changed, the weights cannot be read, or the student was
+            pruned (its own space rebuilds it).
         ModelError: names, shapes or the probe do not agree.
     """
     if spec.keep:
@@ -230,13 +239,13 @@ def rebuild(spec: StudentSpec, weights: Path, *, teacher_module: torch.nn.Module
             hint="use the float ONNX file of the bundle, or that space's own rebuild",
             subject=spec.kind,
         )
-    if spec.factory:
-        factory = import_factory(spec.factory)
-        if not allow_changed and code_hash(factory) != spec.factory_hash:
+    if factory is not None:
+        digest = "" if allow_changed else code_hash(factory)
+        if not allow_changed and digest != spec.factory_hash:
             raise InputError(
-                f"the source of the factory {spec.factory} is not the one that was recorded",
-                found=code_hash(factory)[:16],
-                allowed=spec.factory_hash[:16],
+                f"this factory, or its source, is not the one that was recorded{f' as {spec.factory}' if spec.factory else ''}",
+                found=digest[:16],
+                allowed=spec.factory_hash[:16] or "no factory: the student was given as a module",
                 hint="restore it, or pass allow_changed=True: names, shapes and the probe are checked all the same",
                 subject=spec.factory,
             )
@@ -245,10 +254,10 @@ def rebuild(spec: StudentSpec, weights: Path, *, teacher_module: torch.nn.Module
         module = copy.deepcopy(teacher_module)
     else:
         raise InputError(
-            "this student cannot be rebuilt from its factory",
-            found=spec.rebuildable,
-            hint="define the factory at the top of a module of its own, or hand in the module with teacher_module=",
-            subject=spec.kind,
+            "a student is rebuilt with what made it, and a description imports no code",
+            found=spec.factory or spec.rebuildable,
+            hint="import the factory yourself and hand it in with factory=" if spec.factory_hash else "hand in the module with teacher_module=",
+            subject=spec.factory or spec.kind,
         )
     made = {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in _state(module).items()}
     expected = {name: (tuple(shape), dtype) for name, (shape, dtype) in spec.state.items()}

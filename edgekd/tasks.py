@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,14 +68,16 @@ def pick_output(outputs: Mapping[str, Any], wanted: str | None, task: str) -> An
     return outputs[wanted]
 
 
-def _outside(smallest: int, largest: int, classes: int, split: str, output: str | None) -> DataError:
+def _outside(smallest: int, largest: int, classes: int, split: str, output: str) -> DataError:
+    """`output` is the name of the one that was read; a model's lone output is called `output` (see `tree`) and is not named here."""
+    named = None if output == "output" else output
     from_one = smallest == 1 and largest == classes
     return DataError(
-        f"the labels{f' of the {split} split' if split else ''} are outside the classes" + (f" of {output!r}" if output else ""),
+        f"the labels{f' of the {split} split' if split else ''} are outside the classes" + (f" of {named!r}" if named else ""),
         found=f"{smallest} to {largest}",
         allowed=f"0 to {classes - 1}",
         hint="they start at 1: subtract 1" if from_one else "check the label encoding and the model's last layer",
-        subject=output,
+        subject=named,
     )
 
 
@@ -85,13 +87,18 @@ class Classification:
 
     name = "classification"
     bounded = True
+    binary = True
+    """Whether scores are 0 or 1: so until `check` sees extra axes."""
 
     def __init__(self, *, output: str | None = None, target: str | None = None, labels: Sequence[str] = (), metric: str = "accuracy") -> None:
         self.output = output
         self.target = target
         self.labels = tuple(labels)
         self.metric = metric
-        self.binary = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without what `check` learns: a task that was used and a new one are the same task (`code_hash`)."""
+        return {name: value for name, value in vars(self).items() if name != "binary"}
 
     def unpack(self, batch: Any, input_names: Sequence[str]) -> tuple[dict[str, Any], Any]:
         return unpack_batch(batch, input_names, self.target)
@@ -110,7 +117,7 @@ class Classification:
                 allowed=f"labels {(logits.shape[0], *logits.shape[2:])}",
             )
         if labels.size and (labels.min() < 0 or labels.max() >= logits.shape[1]):
-            raise _outside(int(labels.min()), int(labels.max()), logits.shape[1], split, self.output)
+            raise _outside(int(labels.min()), int(labels.max()), logits.shape[1], split, self.output or next(iter(outputs)))
         self.binary = logits.ndim == 2
 
     def scores(self, outputs: Tensors, targets: Any) -> NDArray[np.float64]:
@@ -212,16 +219,31 @@ class Regression:
 
 class MultiTask:
     """Several outputs, each with its own task; targets are a mapping with the same keys. Losses are added with `weights`
-    (default 1 each); scores and agreement are the mean over the tasks, so that every task counts alike."""
+    (default 1 each); scores and agreement are the mean over the tasks, so that every task counts alike.
+
+    A part may be a task of your own. It is asked for everything as it is, and sees one output: the one called by its `output`
+    attribute, or by the part's key where it has none.
+
+    Raises:
+        ConfigError: no part, a part that is no task or a `MultiTask` itself, or a weight without a part.
+    """
 
     name = "multi"
     binary = False
 
-    def __init__(self, tasks: Mapping[str, Classification | Regression], *, weights: Mapping[str, float] | None = None, metric: str = "mean score") -> None:
+    def __init__(self, tasks: Mapping[str, Task], *, weights: Mapping[str, float] | None = None, metric: str = "mean score") -> None:
         self.metric = metric
         if not tasks:
             raise ConfigError("a MultiTask needs at least one task", hint='MultiTask({"kind": Classification(), "size": Regression()})')
         self.tasks = dict(tasks)
+        for name, part in self.tasks.items():
+            if isinstance(part, MultiTask) or not isinstance(part, Task):
+                raise ConfigError(
+                    f"the part {name!r} of a MultiTask is no task of one output",
+                    found=part.__name__ if isinstance(part, type) else type(part).__name__,
+                    allowed="an object such as Classification() or Regression(), or a Task of your own",
+                    subject=name,
+                )
         self.weights = dict.fromkeys(tasks, 1.0) | dict(weights or {})
         unknown = set(self.weights) - set(self.tasks)
         if unknown:
@@ -238,39 +260,37 @@ class MultiTask:
 
     @property
     def bounded(self) -> bool:
-        """Whether every score lies in [0, 1]: so it is without a regression."""
-        return all(task.bounded for task in self.tasks.values())
+        """Whether every score lies in [0, 1]: so it is where every part states it."""
+        return all(has_bounded_scores(task) for task in self.tasks.values())
 
-    def _parts(self, outputs: Mapping[str, Any], targets: Any) -> dict[str, tuple[dict[str, Any], Any]]:
+    def part(self, outputs: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """The one output that the part `name` reads, under the name that the part knows it by.
+
+        Raises:
+            ModelError: the model lacks it.
+        """
+        output = getattr(self.tasks[name], "output", None) or name
+        return {output: pick_output(outputs, output, "MultiTask")}
+
+    def _parts(self, outputs: Mapping[str, Any], targets: Any) -> Iterator[tuple[str, Task, dict[str, Any], Any]]:
+        """Key, task, output and target of every part."""
         if not isinstance(targets, Mapping):
             raise DataError("a MultiTask's targets are a mapping, one entry per task", found=type(targets).__name__, allowed=sorted(self.tasks))
-        parts = {}
         for name, task in self.tasks.items():
             if name not in targets:
                 raise DataError(f"the target of the task {name!r} is missing", found=sorted(targets), allowed=sorted(self.tasks), subject=name)
-            parts[name] = ({name: pick_output(outputs, task.output or name, "MultiTask")}, targets[name])
-        return parts
-
-    def _own(self, name: str) -> Classification | Regression:
-        task = self.tasks[name]
-        return Classification(output=name) if isinstance(task, Classification) else Regression(output=name)
+            yield name, task, self.part(outputs, name), targets[name]
 
     def check(self, outputs: Tensors, targets: Any, split: str = "") -> None:
-        for name, (part, target) in self._parts(outputs, targets).items():
-            self._own(name).check(part, target, split)
+        for _, task, part, target in self._parts(outputs, targets):
+            task.check(part, target, split)
 
     def scores(self, outputs: Tensors, targets: Any) -> NDArray[np.float64]:
-        parts = self._parts(outputs, targets)
-        result: NDArray[np.float64] = np.mean([self._own(name).scores(part, target) for name, (part, target) in parts.items()], axis=0)
+        result: NDArray[np.float64] = np.mean([task.scores(part, target) for _, task, part, target in self._parts(outputs, targets)], axis=0)
         return result
 
     def agreement(self, outputs: Tensors, reference: Tensors) -> NDArray[np.float64]:
-        values = [
-            self._own(name).agreement(
-                {name: pick_output(outputs, task.output or name, "MultiTask")}, {name: pick_output(reference, task.output or name, "MultiTask")}
-            )
-            for name, task in self.tasks.items()
-        ]
+        values = [task.agreement(self.part(outputs, name), self.part(reference, name)) for name, task in self.tasks.items()]
         result: NDArray[np.float64] = np.mean(values, axis=0)
         return result
 
@@ -280,17 +300,15 @@ class MultiTask:
     def loss(self, outputs: Mapping[str, torch.Tensor], target: Any) -> torch.Tensor:
         import torch
 
-        losses = [self._own(name).loss(part, goal) * self.weights[name] for name, (part, goal) in self._parts(outputs, target).items()]
+        losses = [task.loss(part, goal) * self.weights[name] for name, task, part, goal in self._parts(outputs, target)]
         return torch.stack(losses).sum()
 
     def distillation(self, outputs: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], loss: str, temperature: float) -> torch.Tensor:
         import torch
 
-        losses = []
-        for name, task in self.tasks.items():
-            mine = pick_output(outputs, task.output or name, "MultiTask")
-            other = pick_output(teacher, task.output or name, "MultiTask")
-            losses.append(self._own(name).distillation({name: mine}, {name: other}, loss, temperature) * self.weights[name])
+        losses = [
+            task.distillation(self.part(outputs, name), self.part(teacher, name), loss, temperature) * self.weights[name] for name, task in self.tasks.items()
+        ]
         return torch.stack(losses).sum()
 
     def describe(self) -> dict[str, str]:
@@ -302,7 +320,16 @@ class MultiTask:
 
 
 def has_bounded_scores(task: Task) -> bool:
-    """Whether the task states (`bounded = True`) that every score lies in [0, 1]; a task that says nothing has scores of unknown range."""
+    """Whether the task states (`bounded = True`) that every score lies in [0, 1]; a task that says nothing has scores of unknown range.
+
+    What a class states holds for the `scores` that it has or inherits; a subclass with `scores` of its own states it anew.
+    """
+    if "bounded" not in getattr(task, "__dict__", {}):
+        for cls in type(task).__mro__:
+            if "bounded" in vars(cls):
+                break
+            if "scores" in vars(cls):
+                return False
     return bool(getattr(task, "bounded", False))
 
 
@@ -326,8 +353,7 @@ def task_from(described: Mapping[str, str]) -> Task:
     if kind == "multi":
         names = [key.removesuffix(".task") for key in described if key.endswith(".task")]
         parts = {name: task_from({key.removeprefix(f"{name}."): value for key, value in described.items() if key.startswith(f"{name}.")}) for name in names}
-        own = {name: part for name, part in parts.items() if isinstance(part, (Classification, Regression))}
-        return MultiTask(own, weights={name: float(described[f"{name}.weight"]) for name in names}, metric=described.get("metric", "mean score"))
+        return MultiTask(parts, weights={name: float(described[f"{name}.weight"]) for name in names}, metric=described.get("metric", "mean score"))
     raise ConfigError("unknown task", found=kind, allowed=near_names(kind, ("classification", "regression", "multi")))
 
 

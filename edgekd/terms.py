@@ -97,43 +97,52 @@ def profile_here(name: str) -> Profile | None:
 
 
 def own_code(task: Task) -> tuple[str, str]:
-    """`module:qualname` and source hash of a task that a gate cannot make from its description; two empty texts for edgekd's own.
+    """`module:qualname` and hash of a task that a gate cannot make from its description; two empty texts for edgekd's own.
 
-    The name of a class that cannot be imported stands as it is, for example `__main__:Mine`.
+    The name is that of the task's class, or of the first part that is not edgekd's; one that cannot be imported stands as it is, for example
+    `__main__:Mine`. The hash is `code_hash` of the whole task: its source and what it was made with.
     """
-    parts = list(task.tasks.values()) if isinstance(task, MultiTask) else []
-    if type(task) in (Classification, Regression, MultiTask) and all(type(part) in (Classification, Regression) for part in parts):
-        return "", ""
-    mine = next((one for one in (task, *parts) if type(one) not in (Classification, Regression, MultiTask)), task)
-    return f"{type(mine).__module__}:{type(mine).__qualname__}", code_hash(type(mine))
+    mine = _own_class(task)
+    return ("", "") if mine is None else (f"{mine.__module__}:{mine.__qualname__}", code_hash(task))
+
+
+def _own_class(task: Task) -> type | None:
+    parts = tuple(task.tasks.values()) if isinstance(task, MultiTask) else ()
+    return next((type(one) for one in (task, *parts) if type(one) not in (Classification, Regression, MultiTask)), None)
+
+
+_ASKED = "--task MODULE:NAME of the task as the run made it: its class if that was called without arguments, else the object or a function that makes it"
 
 
 def own_task_text(task: Task) -> str:
     """What a gate needs because the task is the user's own; empty for edgekd's own."""
-    name, _ = own_code(task)
-    if not name:
+    mine = _own_class(task)
+    if mine is None:
         return ""
-    why = describe_factory(type(task)).rebuildable
-    asks = f"the task is your own class {name}: a gate imports nothing that a bundle names, so it needs --task MODULE:NAME with this source"
+    why = describe_factory(mine).rebuildable
+    asks = f"the task is your own class {mine.__module__}:{mine.__qualname__}: a gate imports nothing that a bundle names, so it needs {_ASKED}"
     return asks if why == "yes" else f"{asks}; and it cannot be imported: {why.replace('factory', 'class')}"
 
 
 def task_of(manifest: Manifest, given: Task | str | None, folder: Path) -> Task:
     """The task that judges: made from the manifest's description, or the user's own, which the caller must give or name.
 
-    `given` is a task, or `module:name` of one, of its class, or of a function that gives it; the current folder is looked in first.
-    `folder` is the bundle's.
+    `given` is a task, or `module:name` of one, of its class, or of a function that gives it; the latter two are called without arguments.
+    The current folder is looked in first. `folder` is the bundle's.
 
     Raises:
-        ConfigError: the name leads nowhere, or to no task, or the current folder lies in the bundle, whose files are not imported.
-        BundleError: the bundle was judged by a task of its maker's own and none is given, or the given one is another.
+        ConfigError: the name leads nowhere, to no task, or to what needs arguments, or the current folder lies in the bundle, whose files
+            are not imported.
+        BundleError: the bundle was judged by a task of its maker's own and none is given, or the given one has another source or was made
+            with other arguments.
     """
     if given is None:
         if manifest.task_code:
             raise BundleError(
                 "the bundle was judged by a task that is not edgekd's, and a gate imports nothing that a bundle names",
                 found=manifest.task_code,
-                hint=f"if you trust this code: --task {manifest.task_code}, or task= with the object",
+                hint=f"if you trust this code: --task {manifest.task_code} where the run made it without arguments, else --task module:name of the object "
+                "or of a function that makes it as the run did; from Python task= with the object",
                 subject=manifest.task_code,
             )
         return task_from(manifest.task)
@@ -149,17 +158,18 @@ def task_of(manifest: Manifest, given: Task | str | None, folder: Path) -> Task:
         )
     if digest != manifest.task_hash:
         raise BundleError(
-            "the task's source changed since the bundle was judged",
+            "the task's source, or what it was made with, is not that of the task that judged the bundle",
             found=f"{name} with SHA-256 {digest[:16]}",
             allowed=f"SHA-256 {manifest.task_hash[:16]}",
-            hint="restore the module's file, or make the bundle again",
+            hint="if the run made it with arguments: --task module:name of an object, or of a function without arguments that makes it so; from Python "
+            "task= with the object. If its source changed: restore the module's file, or make the bundle again",
             subject=name,
         )
     return task
 
 
 def _named(text: str, bundle: Path) -> Any:
-    """The object called `module:name`; a class or a function is called without arguments."""
+    """The object called `module:name`; a class, or what is no task but can be called, is called without arguments."""
     module_name, colon, name = text.partition(":")
     if not colon or not module_name or not name:
         raise ConfigError("this is not module:name", found=text, allowed="for example my_tasks:TopFive", subject=text)
@@ -181,4 +191,15 @@ def _named(text: str, bundle: Path) -> Any:
                 f"{module_name} has no {name!r}", found=text, allowed=near_names(part, [key for key in vars(found) if key[0] != "_"]), subject=text
             )
         found = getattr(found, part)
-    return found() if inspect.isroutine(found) or inspect.isclass(found) else found
+    if not inspect.isclass(found) and (isinstance(found, Task) or not callable(found)):
+        return found
+    try:
+        inspect.signature(found).bind()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "the task cannot be made without arguments",
+            found=f"{text}: {error}",
+            hint="name an object, or a function without arguments that makes the task as the run did",
+            subject=text,
+        ) from error
+    return found()

@@ -44,6 +44,7 @@ __all__ = [
     "check_floor",
     "check_latency",
     "check_plausible",
+    "check_scores",
     "combine",
     "estimate_latency",
     "is_undecided",
@@ -86,9 +87,37 @@ def _no_spread(values: NDArray[np.float64], magnitude: float) -> bool:
     return float(np.ptp(values)) <= 1e-12 * max(1.0, magnitude)
 
 
-def _require_bounded(name: str, values: NDArray[np.float64]) -> None:
-    if values.min() < 0.0 or values.max() > 1.0:
-        raise DataError(f"{name} leave the range that the task states", found=f"{values.min():.4g} to {values.max():.4g}", allowed="0 to 1")
+_ROUNDED = 1e-6
+"""How far a score in [0, 1] may lie outside by rounding: a mean in float32 may come out as 1.0000001."""
+
+
+def _within_bounds(name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    if values.min() < -_ROUNDED or values.max() > 1.0 + _ROUNDED:
+        raise DataError(
+            f"{name} leave the range that the task states (bounded = True)", found=f"{values.min():.9g} to {values.max():.9g}", allowed="0 to 1, within 1e-6"
+        )
+    return np.clip(values, 0.0, 1.0)
+
+
+def check_scores(scores: ArrayLike, binary: bool, *, bounded: bool, items: int) -> NDArray[np.float64]:
+    """The scores of one model as `check_accuracy` and `check_floor` take them, `(items,)`, before anything rests on them.
+
+    Raises:
+        DataError: not one finite score per item, binary scores that are not 0 or 1, or bounded ones not in [0, 1] within 1e-6.
+    """
+    values = finite_vector("the task's scores", scores)
+    if values.size != items:
+        raise DataError("the task does not give one score per item", found=f"{values.size} scores", allowed=f"{items} items")
+    if binary:
+        other = values[(values != 0.0) & (values != 1.0)]
+        if other.size:
+            raise DataError(
+                "the task says that its scores are 0 or 1 (binary = True), and they are not",
+                found=float(other[0]),
+                hint="set binary = False at the end of the task's check, and bounded = True on its class if they lie in [0, 1]",
+            )
+        return values
+    return _within_bounds("the task's scores", values) if bounded else values
 
 
 def check_accuracy(
@@ -106,7 +135,7 @@ def check_accuracy(
     every item. Values are differences of the task's metric.
 
     Raises:
-        DataError: lengths differ, values are not finite, binary scores are not 0 or 1, or bounded ones not in [0, 1].
+        DataError: lengths differ, values are not finite, binary scores are not 0 or 1, or bounded ones not in [0, 1] within 1e-6.
         InputError: `max_drop` is negative or not finite.
     """
     if not (math.isfinite(max_drop) and max_drop >= 0.0):
@@ -125,9 +154,9 @@ def check_accuracy(
         spread = (n10 + n01) / n - bounds.value**2
         counts = f"{n} items, {n10} only the student has right, {n01} only the teacher"
     else:
-        diff = student - teacher
         if bounded:
-            _require_bounded("the scores", np.concatenate((student, teacher)))
+            student, teacher = _within_bounds("the student's scores", student), _within_bounds("the teacher's scores", teacher)
+        diff = student - teacher
         bounds = graded_bounds(diff, CONFIDENCE, reach=1.0 if bounded else None)
         bounds = Interval(bounds.value, max(-1.0, bounds.lower), min(1.0, bounds.upper)) if bounded else bounds
         spread = float(diff.var(ddof=1))
@@ -173,7 +202,7 @@ def check_floor(scores: ArrayLike, floor: float, binary: bool, name: str = "accu
         bounds = proportion_interval(right, values.size, CONFIDENCE)
     else:
         if bounded:
-            _require_bounded("the scores", values)
+            values = _within_bounds("the scores", values)
         bounds = graded_bounds(values, CONFIDENCE, reach=1.0 if bounded else None)
         bounds = Interval(bounds.value, max(0.0, bounds.lower), min(1.0, bounds.upper)) if bounded else bounds
     outcome = Outcome.PASS if bounds.lower >= floor else Outcome.FAIL if bounds.upper < floor else Outcome.REFUSE

@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--run-dir", default="runs/own", help="a killed run continues here")
     parser.add_argument("--accept-simulated", action="store_true", help="let the null target pass, to try the script")
     given = parser.parse_args()
-    from own_model import make_net as factory  # by a name that can be imported again, so that the bundle can rebuild the student
+    from own_model import make_net as factory  # by a name that can be imported again, to rebuild the student with
 
     options = Options(
         train=TrainOptions(epochs=6, batch_size=32),

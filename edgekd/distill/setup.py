@@ -35,13 +35,9 @@ def default_kind(task: Task, outputs: Mapping[str, Tensor]) -> str:
     if isinstance(task, Classification):
         return resolve_kind("auto", pick_output(outputs, task.output, "Classification").shape[1])
     if isinstance(task, MultiTask):
-        kinds = {default_kind(part, {name: pick_output(outputs, part.output or name, "MultiTask")}) for name, part in _own(task).items()}
+        kinds = {default_kind(part, task.part(outputs, name)) for name, part in task.tasks.items()}
         return kinds.pop() if len(kinds) == 1 else "auto"
     return "auto"
-
-
-def _own(task: MultiTask) -> dict[str, Classification | Regression]:
-    return {name: type(part)(output=part.output or name) for name, part in task.tasks.items()}
 
 
 def resolve_objective(options: TrainOptions, task: Task, outputs: Mapping[str, Tensor] | None) -> Objective:

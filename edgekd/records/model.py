@@ -163,7 +163,7 @@ class Probe(Record, tag="edgekd.probe/1", frozen=True, kw_only=True):
 
 
 class StudentSpec(Record, tag="edgekd.student/1", frozen=True, kw_only=True):
-    """What is needed to rebuild a student from its factory and its weights.
+    """What is needed to rebuild a student from its factory, which the caller hands in, and its weights.
 
     `factory` is `module:qualname`, or empty when it cannot be imported (a lambda, `__main__`); then
     `rebuildable` says why. `kwargs` are the factory's arguments; `keep` is empty unless the student was pruned.

@@ -186,7 +186,7 @@ class Manifest(Record, tag="edgekd.manifest/2", frozen=True, kw_only=True):
     test split, in `metric`. `seal` is the digest of the manifest without it.
 
     `profile` is the one that judged, overrides applied, without what may travel in no bundle (`terms.portable`). `task_code` is the
-    `module:qualname` of a task that is not edgekd's own, `task_hash` the hash of its source; nothing imports them from here.
+    `module:qualname` of a task that is not edgekd's own, `task_hash` the `code_hash` of the whole task; nothing imports them from here.
     """
 
     edgekd: str

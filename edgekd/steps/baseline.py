@@ -17,8 +17,9 @@ from edgekd.steps.checks import check_splits, check_teacher
 from edgekd.steps.context import Context, checked_outputs, point, row, score
 from edgekd.steps.quantizing import to_int8
 from edgekd.steps.standing import standing
+from edgekd.tasks import has_bounded_scores
 from edgekd.teachers import OnnxTeacher
-from edgekd.verdict import check_plausible
+from edgekd.verdict import check_plausible, check_scores
 
 
 class BaselineOut(Record, tag="edgekd.stage_baseline/1", frozen=True, kw_only=True):
@@ -43,7 +44,8 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
 
     Raises:
         BudgetError: the limit is not plausible, or relative to a teacher that cannot be measured.
-        DataError, ModelError: data, labels and teacher do not fit, splits overlap, or the teacher knows nothing.
+        DataError, ModelError: data, labels and teacher do not fit, splits overlap, the teacher knows nothing, or its scores are not what
+            the task says of them.
         MeasurementInvalid: the device is too disturbed to measure the teacher.
     """
     rows = check_splits(context)
@@ -53,7 +55,12 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
     _save(folder / "teacher_test", checked_outputs(context, context.test, what="test"))
     sample = context.train.all(256)
     context.task.check(context.teacher.outputs(sample.inputs), sample.targets, "train")
-    teacher_scores = context.task.scores(outputs, validation.targets)
+    teacher_scores = check_scores(
+        context.task.scores(outputs, validation.targets),
+        context.task.binary,
+        bounded=has_bounded_scores(context.task),
+        items=len(next(iter(validation.inputs.values()))),
+    )
     check_teacher(context, teacher_scores, validation.targets)
     points: list[Point] = []
     parity: list[HopParity] = []

@@ -71,7 +71,7 @@ def test_student_is_rebuilt_with_equal_outputs_after_a_round_trip_through_files(
     spec, module = trained()
     spec.save(tmp_path / "student.json")
     save_weights(module, tmp_path / "student.safetensors")
-    back = rebuild(StudentSpec.load(tmp_path / "student.json"), tmp_path / "student.safetensors")
+    back = rebuild(StudentSpec.load(tmp_path / "student.json"), tmp_path / "student.safetensors", factory=make_net)
     assert not back.training
     assert module.training
     module.eval()
@@ -94,7 +94,7 @@ def test_tied_weights_are_stored_once_and_tied_again(tmp_path: Path) -> None:
     save_weights(module, path)
     with safe_open(str(path), framework="np") as handle:
         assert list(handle.keys()) == ["embedding.weight"]
-    back = rebuild(StudentSpec.from_json(spec.to_json()), path)
+    back = rebuild(StudentSpec.from_json(spec.to_json()), path, factory=Tied)
     assert isinstance(back, Tied)
     assert back.head.weight is back.embedding.weight
     with pytest.raises(ModelError, match="share"):
@@ -109,13 +109,13 @@ def test_rebuild_names_the_tensor_when_the_weights_do_not_fit(tmp_path: Path) ->
     path = tmp_path / "other.safetensors"
     save_weights(make_net(5), path)
     with pytest.raises(ModelError, match=r"0\.weight"):
-        rebuild(spec, path)
+        rebuild(spec, path, factory=make_net)
     save_weights(torch.nn.Sequential(torch.nn.Linear(6, 4)), path)
     with pytest.raises(ModelError, match="missing"):
-        rebuild(spec, path)
+        rebuild(spec, path, factory=make_net)
     save_weights(make_net(4).double(), path)
     with pytest.raises(ModelError, match="float64"):
-        rebuild(spec, path)
+        rebuild(spec, path, factory=make_net)
 
 
 def test_rebuild_refuses_weights_of_another_training_by_the_probe(tmp_path: Path) -> None:
@@ -123,18 +123,18 @@ def test_rebuild_refuses_weights_of_another_training_by_the_probe(tmp_path: Path
     _, other = trained(seed=1)
     save_weights(other, tmp_path / "w.safetensors")
     with pytest.raises(ModelError, match="probe"):
-        rebuild(spec, tmp_path / "w.safetensors")
+        rebuild(spec, tmp_path / "w.safetensors", factory=make_net)
 
 
 def test_rebuild_refuses_a_cut_off_or_missing_file(tmp_path: Path) -> None:
     spec, module = trained()
     path = tmp_path / "w.safetensors"
     with pytest.raises(InputError, match="does not exist"):
-        rebuild(spec, path)
+        rebuild(spec, path, factory=make_net)
     save_weights(module, path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match="safetensors"):
-        rebuild(spec, path)
+        rebuild(spec, path, factory=make_net)
 
 
 def test_changed_factory_is_refused_unless_allowed_and_then_the_probe_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,13 +154,41 @@ def test_changed_factory_is_refused_unless_allowed_and_then_the_probe_decides(tm
         (tmp_path / "changing_factory.py").write_text(changed)
         monkeypatch.delitem(sys.modules, "changing_factory")
         __import__("linecache").checkcache()
+        make = __import__("changing_factory").make
         with pytest.raises(InputError, match="allow_changed"):
-            rebuild(spec, tmp_path / "w.safetensors")
+            rebuild(spec, tmp_path / "w.safetensors", factory=make)
         if message is None:
-            rebuild(spec, tmp_path / "w.safetensors", allow_changed=True)
+            rebuild(spec, tmp_path / "w.safetensors", factory=make, allow_changed=True)
         else:
             with pytest.raises(ModelError, match=message):
-                rebuild(spec, tmp_path / "w.safetensors", allow_changed=True)
+                rebuild(spec, tmp_path / "w.safetensors", factory=make, allow_changed=True)
+
+
+def test_rebuild_imports_nothing_that_a_description_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "named_by_a_spec.py").write_text("print('imported')\n\n\ndef make():\n    raise AssertionError\n")
+    spec, module = trained()
+    save_weights(module, tmp_path / "w.safetensors")
+    named = msgspec.structs.replace(spec, factory="named_by_a_spec:make")
+    for allow in (False, True):
+        with pytest.raises(InputError, match="factory=") as caught:
+            rebuild(named, tmp_path / "w.safetensors", allow_changed=allow)
+        assert caught.value.found == "named_by_a_spec:make"
+    assert "named_by_a_spec" not in sys.modules
+    assert capsys.readouterr().out == ""
+    assert rebuild(named, tmp_path / "w.safetensors", factory=make_net).training is False
+
+
+def test_student_of_a_factory_without_a_name_is_rebuilt_with_the_factory_in_hand(tmp_path: Path) -> None:
+    space = Fixed(lambda: make_net(4))
+    (spec,) = space.candidates(0)
+    module = space.build(spec, 0)
+    spec = complete_spec(spec, module, EXAMPLE, seed=0)
+    save_weights(module, tmp_path / "w.safetensors")
+    assert space._factory is not None
+    assert not rebuild(spec, tmp_path / "w.safetensors", factory=space._factory).training
+    with pytest.raises(InputError, match="not the one that was recorded"):
+        rebuild(spec, tmp_path / "w.safetensors", factory=lambda: make_net(5))
 
 
 def test_rebuild_says_why_when_there_is_no_factory_and_takes_a_module_instead(tmp_path: Path) -> None:

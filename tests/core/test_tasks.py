@@ -10,6 +10,7 @@ from sklearn.metrics import r2_score
 
 from edgekd.contracts import Task
 from edgekd.errors import ConfigError, DataError, ModelError
+from edgekd.provenance import code_hash
 from edgekd.tasks import Classification, MultiTask, Regression, as_task, has_bounded_scores, task_from, unpack_batch
 from edgekd.tree import flatten_outputs
 
@@ -195,6 +196,54 @@ def test_multi_task_scores_are_the_mean_of_its_parts() -> None:
     assert np.allclose(task.agreement(outputs, outputs), 1.0)
 
 
+class Near(Classification):
+    """A part of one's own: its scores, loss and agreement are not a classification's, and it counts how often it was asked."""
+
+    def __init__(self, within: int) -> None:
+        super().__init__(output="head.kind")
+        self.within = within
+        self.asked: list[str] = []
+
+    def check(self, outputs: Any, targets: Any, split: str = "") -> None:
+        self.asked.append(split)
+        super().check(outputs, targets, split)
+
+    def scores(self, outputs: Any, targets: Any) -> Any:
+        return (abs(outputs["head.kind"].argmax(axis=1) - targets) <= self.within).astype(np.float64)
+
+    def agreement(self, outputs: Any, reference: Any) -> Any:
+        return np.full(len(outputs["head.kind"]), 0.25)
+
+    def loss(self, outputs: Any, target: Any) -> Any:
+        return outputs["head.kind"].sum() * 0 + 7.0
+
+    def distillation(self, outputs: Any, teacher: Any, loss: str, temperature: float) -> Any:
+        return (outputs["head.kind"] - teacher["head.kind"]).sum() + 11.0
+
+
+def test_multi_task_asks_a_part_of_one_s_own_as_it_is() -> None:
+    torch = pytest.importorskip("torch")
+    near = Near(3)
+    task = MultiTask({"kind": near, "sort": Classification()}, weights={"kind": 2.0, "sort": 0.0})
+    outputs = {"head.kind": LOGITS["output"], "sort": LOGITS["output"]}
+    targets = {"kind": np.zeros(6, dtype=np.int64), "sort": LOGITS["output"].argmax(axis=1)}
+    task.check(outputs, targets, "test")
+    assert near.asked == ["test"]
+    assert task.scores(outputs, targets).tolist() == [1.0] * 6
+    assert task.agreement(outputs, outputs).tolist() == [0.625] * 6
+    tensors = {name: torch.from_numpy(value) for name, value in outputs.items()}
+    goal = {name: torch.from_numpy(value) for name, value in targets.items()}
+    assert float(task.loss(tensors, goal)) == 14.0
+    assert float(task.distillation(tensors, tensors, "kd", 2.0)) == 22.0
+    assert not task.bounded, "the part has scores of its own and states no range"
+
+
+@pytest.mark.parametrize("part", [Classification, MultiTask({"a": Regression()}), "classification", None])
+def test_multi_task_refuses_a_part_that_is_no_task_of_one_output(part: Any) -> None:
+    with pytest.raises(ConfigError, match="the part 'kind'"):
+        MultiTask({"kind": part})
+
+
 # ------------------------------------------------------------------------------------------ text
 
 
@@ -245,3 +294,31 @@ def test_scores_are_bounded_only_where_the_task_states_it() -> None:
     mixed = MultiTask({"kind": Classification(), "size": Regression()})
     known = [has_bounded_scores(task) for task in (Classification(), Regression(), both, mixed, cast("Task", Own()))]
     assert known == [True, False, True, False, False]
+
+
+def test_scores_of_a_subclass_are_bounded_only_where_it_states_so_itself() -> None:
+    class Inherits(Classification):
+        def classes(self, targets: Any) -> None:
+            return None
+
+    class Overrides(Classification):
+        def scores(self, outputs: Any, targets: Any) -> Any:
+            return np.full(len(targets), 3.0)
+
+    class States(Overrides):
+        bounded = True
+
+    class Again(States):
+        def scores(self, outputs: Any, targets: Any) -> Any:
+            return np.full(len(targets), 3.0)
+
+    stated = Overrides()
+    stated.bounded = True
+    assert [has_bounded_scores(task) for task in (Inherits(), Overrides(), States(), Again(), stated)] == [True, False, True, False, True]
+
+
+def test_task_that_was_used_has_the_hash_of_a_new_one_and_other_arguments_another() -> None:
+    used = Classification()
+    used.check({"output": np.zeros((2, 3, 4))}, np.zeros((2, 4), dtype=np.int64))
+    assert not used.binary
+    assert code_hash(used) == code_hash(Classification()) != code_hash(Classification(labels=["a"]))

@@ -17,6 +17,7 @@ from edgekd.verdict import (
     check_ceiling,
     check_floor,
     check_latency,
+    check_scores,
     combine,
     is_undecided,
     judge,
@@ -224,6 +225,30 @@ def test_bounded_scores_outside_their_range_are_refused() -> None:
         check_accuracy([0.5, 1.5], [0.5, 0.5], 0.1, False, bounded=True)
     with pytest.raises(DataError, match="leave the range"):
         check_floor([0.5, -0.1], 0.1, False, bounded=True)
+
+
+def test_bounded_scores_outside_by_rounding_count_as_the_bound() -> None:
+    exact = np.r_[np.ones(250), np.zeros(250)]
+    rounded = exact + np.r_[np.full(250, 1e-7), np.full(250, -1e-9)]
+    assert check_accuracy(rounded, exact, 0.03, False, bounded=True) == check_accuracy(exact, exact, 0.03, False, bounded=True)
+    assert check_floor(rounded, 0.4, False, bounded=True) == check_floor(exact, 0.4, False, bounded=True)
+    assert check_scores(rounded, False, bounded=True, items=500).tolist() == exact.tolist()
+
+
+@pytest.mark.parametrize(
+    ("scores", "binary", "bounded", "says"),
+    [
+        ([0.5, 1.00001], False, True, "0 to 1, within 1e-6"),
+        ([-0.00001, 1.0], False, True, "0 to 1, within 1e-6"),
+        ([0.5, 1.0], True, True, "binary = False"),
+        ([0.5, float("nan")], False, False, "NaN"),
+        ([0.5], False, False, "2 items"),
+        ([[0.5], [0.5]], False, False, "one-dimensional"),
+    ],
+)
+def test_scores_that_are_not_what_the_task_says_are_refused(scores: list[float], binary: bool, bounded: bool, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        check_scores(scores, binary, bounded=bounded, items=2)
 
 
 def test_outputs_are_the_same_only_to_the_last_bit_and_by_name() -> None:

@@ -17,6 +17,7 @@ from edgekd.pipeline import make_context
 from edgekd.stages import StageStore
 from edgekd.steps.checks import check_splits
 from edgekd.steps.context import Context
+from edgekd.tasks import Classification
 from tests.pipeline import pipeline_kit as kit
 
 
@@ -40,6 +41,31 @@ def test_splits_that_share_items_are_refused_before_anything_is_stored(one: str,
     arguments[one] = _with_items_of(arguments[one], arguments[other], 20)
     with pytest.raises(DataError, match=rf"the {one} and {other} data overlap.*20 of \d+"):
         _compress(arguments)
+    assert not list((tmp_path / "run" / "stages").iterdir())
+
+
+class Promised(Classification):
+    """A task that gives scores of 1.5 and says that they are 0 or 1, or in [0, 1]."""
+
+    bounded = True
+
+    def __init__(self, binary: bool) -> None:
+        super().__init__()
+        self.graded = not binary
+
+    def check(self, outputs: Any, targets: Any, split: str = "") -> None:
+        super().check(outputs, targets, split)
+        self.binary = not self.graded
+
+    def scores(self, outputs: Any, targets: Any) -> Any:
+        return 1.5 * super().scores(outputs, targets)
+
+
+@pytest.mark.parametrize(("binary", "says"), [(True, "binary = True"), (False, "bounded = True")])
+def test_scores_outside_the_range_that_the_task_states_are_refused_before_anything_is_stored(binary: bool, says: str, tmp_path: Path) -> None:
+    arguments = kit.arguments("classification", tmp_path / "run", student=kit.fixed("classification"))
+    with pytest.raises(DataError, match=says):
+        _compress(arguments | {"task": Promised(binary)})
     assert not list((tmp_path / "run" / "stages").iterdir())
 
 

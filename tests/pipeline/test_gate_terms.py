@@ -23,8 +23,9 @@ from edgekd.quantize_only import quantize_only
 from edgekd.records import Budget, Ledger, Manifest, Outcome, RuntimeConfig, TransportConfig
 from edgekd.result import RunSummary
 from edgekd.target import connect
-from edgekd.tasks import Classification, Regression
+from edgekd.tasks import Classification, MultiTask, Regression
 from edgekd.teachers import OnnxTeacher
+from edgekd.terms import own_code
 from tests.pipeline.bundle_kit import bundle_copy, home, quantized, resealed, save_inputs
 
 
@@ -164,19 +165,41 @@ def top_two():
     return TopTwo()
 
 
+class TopK(Classification):
+    def __init__(self, k=1):
+        super().__init__()
+        self.k = k
+
+    def scores(self, outputs, targets):
+        best = np.argsort(outputs["y"], axis=1)[:, -self.k:]
+        return (best == np.asarray(targets)[:, None]).any(axis=1).astype(np.float64)
+
+
+class Strict(TopK):
+    def __init__(self, k):
+        super().__init__(k)
+
+
+made = TopK(2)
+
+
+def make():
+    return TopK(k=2)
+
+
 print("imported")
 """
 
 
-@pytest.fixture
-def judged_by_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@pytest.fixture(params=["top_two"])
+def judged_by_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A bundle that was judged by a user's own task, whose module lies in the current folder, which is not on the path."""
     code = tmp_path / "code"
     code.mkdir()
     (code / "own_task_of_a_test.py").write_text(TASK)
     with monkeypatch.context() as patch:
         patch.syspath_prepend(str(code))
-        task = importlib.import_module("own_task_of_a_test").TopTwo()
+        task = getattr(importlib.import_module("own_task_of_a_test"), request.param)()
         data = save_inputs(tmp_path / "data")
         np.save(data / "targets.npy", np.argsort(OnnxTeacher(home() / "net.onnx").outputs({"x": np.load(data / "x.npy")})["y"], axis=1)[:, -2])
         run = tmp_path / "run"
@@ -237,8 +260,35 @@ def test_another_task_or_another_source_is_refused(judged_by_own_task: Path) -> 
     importlib.invalidate_caches()
     source = Path("own_task_of_a_test.py")
     source.write_text(TASK.replace("-2:", "-3:"))
-    with pytest.raises(BundleError, match="source changed"):
+    with pytest.raises(BundleError, match="If its source changed"):
         gate(bundle, task="own_task_of_a_test:TopTwo", accept_simulated=True)
+
+
+@pytest.mark.parametrize("judged_by_own_task", ["make"], indirect=True)
+def test_own_task_made_with_other_arguments_is_refused(judged_by_own_task: Path) -> None:
+    bundle = judged_by_own_task / "bundle"
+    with pytest.raises(BundleError, match="made it with arguments: --task module:name of an object"):
+        gate(bundle, task="own_task_of_a_test:TopK", accept_simulated=True)
+    with pytest.raises(ConfigError, match="function without arguments"):
+        gate(bundle, task="own_task_of_a_test:Strict", accept_simulated=True)
+    module = importlib.import_module("own_task_of_a_test")
+    with pytest.raises(BundleError, match="what it was made with"):
+        gate(bundle, task=module.TopK(3), accept_simulated=True)
+    used = module.TopK(2)
+    used.check({"y": np.zeros((2, 3, 4))}, np.zeros((2, 4), dtype=np.int64))
+    assert not used.binary
+    for same in ("own_task_of_a_test:made", "own_task_of_a_test:make", used):
+        assert gate(bundle, task=same, accept_simulated=True).teacher_accuracy == 1.0, "with k = 1 every item would be wrong"
+
+
+def test_multi_task_with_a_part_of_one_s_own_is_told_by_its_part_and_hashed_whole() -> None:
+    class Mine(Classification):
+        """A part of the user's own."""
+
+    assert own_code(MultiTask({"a": Classification(), "b": Regression()})) == ("", "")
+    (name, one), (_, other) = (own_code(MultiTask({"a": Classification(), "b": Mine(labels=labels)})) for labels in (["x"], ["y"]))
+    assert name.endswith("Mine")
+    assert one != other
 
 
 def test_no_code_is_imported_from_inside_a_bundle(judged_by_own_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:

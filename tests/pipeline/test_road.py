@@ -79,7 +79,7 @@ def test_every_kind_of_network_reaches_a_bundle_with_a_pass_as_a_fixed_student(k
     assert result.bundle is not None
     bundle = open_bundle(result.bundle)
     assert bundle.manifest.student == result.student is not None
-    module = rebuild(result.student, result.bundle / "student" / "weights.safetensors")
+    module = rebuild(result.student, result.bundle / "student" / "weights.safetensors", factory=kit.FACTORIES[kind])
     evaluation = bundle.evaluation()
     with torch.no_grad():
         given = module.eval()(**{name: torch.from_numpy(value) for name, value in evaluation.inputs.items()})
