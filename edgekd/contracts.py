@@ -294,7 +294,8 @@ class Task(Protocol):
     better; the metric is the mean score. `binary` says that scores are 0 or 1. A task with graded scores in [0, 1] says so by an
     attribute `bounded = True`; without it their range is unknown, and scores that show no spread are refused. A subclass with `scores` of
     its own states it anew. Both are compared with the teacher's scores on validation before anything is trained. A gate takes the task whose
-    source and state are those of the run: what `check` learns is left out of the state by a `__getstate__`.
+    source and state are those that the run was given; an object that goes on to a second call leaves what `check` learns out of its state
+    by a `__getstate__`.
     """
 
     name: str

@@ -19,7 +19,7 @@ from edgekd.steps.context import Context, row
 from edgekd.steps.validate import ValidateOut
 from edgekd.storage import copy_file, copy_folder
 from edgekd.target import hardware_text
-from edgekd.terms import own_code, own_task_text, portable
+from edgekd.terms import own_task_text, portable
 
 
 class Evidence(Record, tag="edgekd.evidence/1", frozen=True, kw_only=True):
@@ -70,7 +70,7 @@ def run_bundle(
     held = f"{items} items, {size / 1e6:.1f} MB: a gate needs nothing else"
     over = f"{size / 1e6:.1f} MB is over the cap of {context.options.bundle_data_mb:g} MB: not in the bundle, a gate needs --data"
     profile, behind = portable(context.target.profile)
-    task_code, task_hash = own_code(context.task)
+    task_code, task_hash = context.own_task
     rows = (row(context, "bundle", "evaluation data", "noted" if capped else "kept", over if capped else held), *_gate_needs(context, behind))
     msgspec.structs.replace(ledger, rows=(*ledger.rows, *rows)).save(place / "ledger.json")
     write_report(report, place / "report.html")

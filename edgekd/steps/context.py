@@ -20,11 +20,15 @@ from edgekd.parity import compare_hop
 from edgekd.records import Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
 from edgekd.registry import load
 from edgekd.stages import StageStore
+from edgekd.terms import own_code
 
 
 @dataclass
 class Context:
-    """One run. `limits` is set by the baseline stage, everything else before the first stage."""
+    """One run. `limits` is set by the baseline stage, everything else before the first stage.
+
+    `own_task` is `terms.own_code` of the task before it is used: what a task of the user's own learns in its `check` is no part of it.
+    """
 
     target: Target
     task: Task
@@ -40,6 +44,10 @@ class Context:
     cache_dir: Path
     callbacks: Sequence[Callback] = ()
     limits: Limits = field(default_factory=Limits)
+    own_task: tuple[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own_task = own_code(self.task)
 
     def note(self, stage: str, text: str) -> None:
         """Tell the listener, and the journal."""

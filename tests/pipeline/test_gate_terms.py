@@ -180,6 +180,12 @@ class Strict(TopK):
         super().__init__(k)
 
 
+class Learns(TopTwo):
+    def check(self, outputs, targets, split=""):
+        super().check(outputs, targets, split)
+        self.shape = outputs["y"].shape
+
+
 made = TopK(2)
 
 
@@ -279,6 +285,12 @@ def test_own_task_made_with_other_arguments_is_refused(judged_by_own_task: Path)
     assert not used.binary
     for same in ("own_task_of_a_test:made", "own_task_of_a_test:make", used):
         assert gate(bundle, task=same, accept_simulated=True).teacher_accuracy == 1.0, "with k = 1 every item would be wrong"
+
+
+@pytest.mark.parametrize("judged_by_own_task", ["Learns"], indirect=True)
+def test_own_task_that_learns_while_it_is_used_is_the_one_that_the_run_was_given(judged_by_own_task: Path) -> None:
+    result = gate(judged_by_own_task / "bundle", task="own_task_of_a_test:Learns", accept_simulated=True)
+    assert result.teacher_accuracy == 1.0
 
 
 def test_multi_task_with_a_part_of_one_s_own_is_told_by_its_part_and_hashed_whole() -> None:
