@@ -4,76 +4,36 @@ from __future__ import annotations
 
 import builtins
 import copyreg
-import dis
 import enum
-import functools
 import hashlib
 import importlib
 import importlib.util
-import inspect
+import pickle
+import random
+import re
 import sys
-import textwrap
 import types
+import typing
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_ATTRIBUTE = ("LOAD_ATTR", "LOAD_METHOD")
-_REFUSED = (TypeError, ValueError, AttributeError, RuntimeError)
+from edgekd.code_text import code_text, digest, is_library, source_of, steps_of
+
+_REFUSED = (TypeError, ValueError, AttributeError, RuntimeError, pickle.PickleError)
 """What an object raises that cannot be taken apart."""
 _PLAIN = (type(None), type(...), type(NotImplemented), bool, int, float, complex, str, bytes)
 _MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
-
-
-def digest(kind: str, parts: Iterable[str]) -> str:
-    """`kind:` and the SHA-256 over the parts, each with its length."""
-    made = hashlib.sha256()
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        made.update(b"%d:" % len(data))
-        made.update(data)
-    return f"{kind}:{made.hexdigest()}"
-
-
-def is_library(module: str) -> bool:
-    """Whether a module belongs to the standard library, to an installed package or to edgekd: known by its name, not by its source."""
-    top = module.partition(".")[0]
-    if module in ("__main__", "__mp_main__"):
-        return False
-    if top in ("", "edgekd") or top in sys.stdlib_module_names:
-        return True
-    folders = Path(_file_of(module) or _file_of(top) or "").parts
-    return "site-packages" in folders or "dist-packages" in folders
-
-
-def _spec_file(module: str) -> str | None:
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
-    return None if spec is None else spec.origin or next(iter(spec.submodule_search_locations or ()), None)
-
-
-def _file_of(module: str) -> str | None:
-    loaded = sys.modules.get(module)
-    return getattr(loaded, "__file__", None) or _spec_file(module)
-
-
-def source_of(value: Any) -> str:
-    """A class' or function's own source without its indentation, its byte code where there is no source; a class without source has none."""
-    code = getattr(value, "__code__", None)
-    try:
-        return textwrap.dedent(inspect.getsource(code if code is not None else value))
-    except (OSError, TypeError):
-        return _code_text(code) if code is not None else ""
-
-
-def _code_text(code: types.CodeType) -> str:
-    constants = [_code_text(item) if isinstance(item, types.CodeType) else Walk("").token(item) for item in code.co_consts]
-    return digest("code", [code.co_code.hex(), *constants, *code.co_names])
+_GENERATORS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
+_NOTES = ("torch.fx.", "torch.export.", "torch._")
+"""Where torch keeps what it notes on a graph: places in files, links between nodes. The graph's code is another attribute."""
+_SCRIPTED = {"_c", "_concrete_type", "_initializing", "forward"}
+"""What a scripted module holds beside its code and its state."""
+_PLACES = re.compile(r"(?m) # .*$| object at 0x[0-9a-f]+|___torch_mangle_\d+\.?")
+"""What differs in the text of equal scripts."""
 
 
 class Walk:
@@ -83,23 +43,32 @@ class Walk:
     values. Objects count with their class and their state, as they tell it to `copy` and `pickle` (`__reduce_ex__`, `__getstate__`); nothing
     is pickled. Libraries count by name. `hidden` names what cannot be told: its token is its type.
 
-    With `shallow`, tensors that are not part of a module's state and objects of library classes count by their type. Without `weights`, the bytes
-    of a module's parameters and buffers do not count.
+    With `shallow`, objects of library classes that cannot be taken apart count by their type. Without `weights`, tensors count by shape and type.
+    Without `generators`, random generators count by their class.
     """
 
-    def __init__(self, home: str, *, shallow: bool = False, weights: bool = True) -> None:
+    def __init__(self, home: str, *, shallow: bool = False, weights: bool = True, generators: bool = True) -> None:
         self.hidden: list[str] = []
         self._home = home
         self._shallow = shallow
         self._weights = weights
+        self._generators = generators
         self._names: dict[tuple[int, str], str] = {}
+        self._waiting: deque[tuple[tuple[int, str], Mapping[str, Any], list[str]]] = deque()
         self._known: dict[int, tuple[Any, str]] = {}
         self._open: set[int] = set()
         self._path: list[str] = []
 
     def text(self, root: Any, name: str) -> str:
         """The SHA-256 over `root` and everything that was met on the way, 64 hexadecimal digits."""
-        found = self._at(name, root)
+        try:
+            found = self._at(name, root)
+            while self._waiting:
+                key, space, self._path = self._waiting.popleft()
+                self._names[key] += f" = {self.token(space[key[1]]) if key[1] in space else 'absent'}"
+        except RecursionError:
+            self.hidden.append(f"{name} (objects that lie too deep in each other)")
+            found = ""
         return digest("walk", [found, *sorted(self._names.values())]).partition(":")[2]
 
     def _at(self, name: str, value: Any) -> str:
@@ -141,6 +110,10 @@ class Walk:
             return digest("dict", self._items(value.items()))
         if type(value) in (set, frozenset):
             return digest("set", sorted(self.token(item) for item in value))
+        if isinstance(value, types.CodeType):
+            return code_text(value)
+        if isinstance(value, typing.ForwardRef):
+            return f"reference {value.__forward_arg__}"
         if isinstance(value, (staticmethod, classmethod)):
             return digest(type(value).__name__, [self.token(value.__func__)])
         if isinstance(value, property):
@@ -152,17 +125,23 @@ class Walk:
             return f"array {value.dtype.descr if value.dtype.fields else value.dtype.str} {value.shape} {data}"
         torch = sys.modules.get("torch")  # nothing is a tensor before torch is imported
         if torch is not None and isinstance(value, torch.Tensor):
-            return "tensor" if self._shallow else self._tensor(value)
+            return self._tensor(value, plain=True)
+        if torch is not None and isinstance(value, torch.jit.ScriptFunction):
+            return self._script(value)
+        if not self._generators and isinstance(value, _GENERATORS if torch is None else (*_GENERATORS, torch.Generator)):
+            return f"generator {type(value).__qualname__}"
         if torch is not None and isinstance(value, torch.nn.Module):
             return self._network(value)
         return self._object(value)
 
     def _items(self, items: Iterable[tuple[Any, Any]]) -> Iterator[str]:
-        for key, value in items:
+        for key, value in list(items):
             yield self.token(key)
             yield self._at(f"[{key!r}]" if isinstance(key, (str, int)) else "[...]", value)
 
-    def _hide(self, what: str) -> str:
+    def _hide(self, what: str, library: bool = False) -> str:
+        if self._shallow and library:
+            return f"object {what}"
         self.hidden.append(f"{''.join(part if part.startswith(('.', '[')) else f' {part}' for part in self._path).strip()} ({what})")
         return f"hidden {what}"
 
@@ -179,7 +158,7 @@ class Walk:
         if not is_library(module):
             parts.append(source_of(function))
             if function.__name__ == "<lambda>":
-                parts.append(_code_text(function.__code__))  # one line may hold several
+                parts.append(code_text(function.__code__))  # one line may hold several
             parts.extend(self._items(sorted((name, value) for name, value in vars(function).items() if name != "__wrapped__")))
             self._reads(function.__code__, function.__globals__)
         parts.append(self.token(function.__defaults__))
@@ -191,9 +170,10 @@ class Walk:
 
     def _cell(self, name: str, cell: types.CellType) -> str:
         try:
-            return self._at(name, cell.cell_contents)
+            held = cell.cell_contents
         except ValueError:
             return "empty"
+        return self._at(name, held)
 
     def _class(self, cls: type) -> str:
         name = f"{self._label(cls.__module__)}:{cls.__qualname__}"
@@ -210,17 +190,12 @@ class Walk:
         return digest("class", parts)
 
     def _reads(self, code: types.CodeType, space: Mapping[str, Any]) -> None:
-        """Note every module-level name that the code, or code inside it, reads; and what it imports from the user's own modules."""
-        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-        for position, step in enumerate(steps):
-            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and isinstance(step.argval, str):
-                self._read(space, step.argval, [later.argval if later.opname in _ATTRIBUTE else "" for later in steps[position + 1 : position + 6]])
-            elif step.opname == "IMPORT_NAME":
-                level, wanted = (steps[back].argval for back in (position - 2, position - 1))
-                self._imports(str(step.argval), int(level or 0), wanted, space)
-        for item in code.co_consts:
-            if isinstance(item, types.CodeType):
-                self._reads(item, space)
+        """Note every module-level name that the code reads, and what it imports from the user's own modules."""
+        for step in steps_of(code):
+            if step.level < 0:
+                self._read(space, step.name, list(step.parts))
+            else:
+                self._imports(step.name, step.level, step.parts, space)
 
     def _read(self, space: Mapping[str, Any], name: str, attributes: list[str]) -> None:
         """Note one name of a module; of the user's own modules only the attribute that is read of them."""
@@ -231,33 +206,30 @@ class Walk:
             self._read(vars(value), attributes[0], attributes[1:])
             return
         key = (id(space), name)
-        if key not in self._names:
-            label = f"{self._label(str(space.get('__name__', '')))}.{name}"
-            self._names[key] = label
-            outer, self._path = self._path, [*self._path[:1], name]
-            self._names[key] = f"{label} = {self.token(value) if name in space else 'absent'}"
-            self._path = outer
+        if key not in self._names:  # its value is read later: a chain of functions is as long as it likes
+            self._names[key] = f"{self._label(str(space.get('__name__', '')))}.{name}"
+            self._waiting.append((key, space, [*self._path[:1], name]))
 
-    def _imports(self, name: str, level: int, wanted: Any, space: Mapping[str, Any]) -> None:
+    def _imports(self, name: str, level: int, wanted: Iterable[str], space: Mapping[str, Any]) -> None:
         package = str(space.get("__package__") or "")
         full = importlib.util.resolve_name("." * level + name, package) if level and package else name
-        if is_library(full):
+        if not full or is_library(full):
             return
         try:
             module = importlib.import_module(full)
         except ImportError:
             return
-        for part in wanted or ():
+        for part in wanted:
             if part in vars(module):
                 self._read(vars(module), part, [])
             else:
-                self._imports(f"{full}.{part}", 0, None, space)
+                self._imports(f"{full}.{part}", 0, (), space)
         if not wanted or "*" in wanted:
             self.token(module)
 
     def _module(self, module: types.ModuleType) -> str:
-        """A module by its name; all that is in it is noted if it is the user's own and used as a whole."""
-        if not is_library(module.__name__):
+        """A module by its name; all that is in it is noted if it is the user's own and used as a whole. The script that is run is not: it goes on changing."""
+        if not is_library(module.__name__) and module.__name__ not in ("__main__", "__mp_main__"):
             for name in sorted(vars(module)):
                 self._read(vars(module), name, [])
         return f"module {self._label(module.__name__)}"
@@ -271,15 +243,18 @@ class Walk:
             return f"builtin {value.__module__}.{value.__qualname__}"
         if shown in ("_thread.lock", "_thread.RLock"):
             return f"lock {shown}"  # it holds nothing that a result could depend on
-        if hasattr(value, "__wrapped__"):  # functools.cache and its like
-            return digest(shown, [self.token(value.__wrapped__)])
-        if self._shallow and is_library(cls.__module__) and not isinstance(value, functools.partial) and shown != "torch.dtype":
+        library = is_library(cls.__module__)
+        if library and ("__wrapped__" in getattr(value, "__dict__", ()) or any("__wrapped__" in vars(base) for base in cls.__mro__)):
+            return digest(shown, [self.token(value.__wrapped__)])  # functools.cache and its like
+        if self._shallow and cls.__module__.startswith(_NOTES):
             return f"object {shown}"
         try:
             registered = copyreg.dispatch_table.get(cls)
             reduced = registered(value) if registered is not None else value.__reduce_ex__(4)
+        except RecursionError:
+            raise
         except _REFUSED:
-            return self._hide(shown)
+            return self._container(value) if isinstance(value, (dict, list, tuple, set, frozenset)) else self._hide(shown, library)
         if isinstance(reduced, str):
             return f"global {shown} {reduced}"
         made, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
@@ -294,11 +269,20 @@ class Walk:
         parts.extend(self._items(pairs or ()))
         return digest("object", parts)
 
-    def _tensor(self, tensor: Any) -> str:
+    def _container(self, value: Any) -> str:
+        """A container of the user's own class that cannot be taken apart, such as a dictionary that gives `None` for every attribute."""
+        kind = next(base for base in (dict, list, tuple, set, frozenset) if isinstance(value, base))
+        held = dict(object.__getattribute__(value, "__dict__")) if type(value).__dictoffset__ else {}
+        content = dict(dict.items(value)) if kind is dict else kind(kind.__iter__(value))
+        return digest("container", [self.token(type(value)), self.token(content), self.token(held)])
+
+    def _tensor(self, tensor: Any, plain: bool = False) -> str:
         import torch
 
+        if not self._weights:
+            return f"tensor {tuple(tensor.shape)} {tensor.dtype}"
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-            return self._hide(f"a {tensor.layout} tensor on {tensor.device}")
+            return self._hide(f"a {tensor.layout} tensor on {tensor.device}", plain)
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"tensor {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(data).hexdigest()}"
 
@@ -310,10 +294,20 @@ class Walk:
         parts: list[str] = []
         for name, part in module.named_modules():
             parts += [name, self.token(type(part))]
-            for key in sorted(vars(part).keys() - own):
-                if not (isinstance(vars(part)[key], dict) and is_library(type(part).__module__)):  # what torch notes on a graph, places in files among it
+            kept = vars(part).keys() - own
+            if isinstance(part, torch.jit.ScriptModule):
+                parts.append(_PLACES.sub("", part._c.dump_to_str(True, self._weights, False)))
+                kept -= _SCRIPTED
+            for key in sorted(kept):
+                if not (isinstance(vars(part)[key], dict) and type(part).__module__.startswith(_NOTES)):
                     parts += [key, self._at(f".{name}.{key}" if name else f".{key}", vars(part)[key])]
         tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
         for name, tensor in tensors.items():
-            parts += [name, self._tensor(tensor) if self._weights else f"{tuple(tensor.shape)} {tensor.dtype}"]
+            parts += [name, self._tensor(tensor)]
         return digest("network", parts)
+
+    def _script(self, function: Any) -> str:
+        """A scripted function: its graph with all that it calls, and the tensors in it."""
+        graph = function.inlined_graph
+        constants = [node for node in graph.findAllNodes("prim::Constant") if node.hasAttribute("value") and node.kindOf("value") == "t"]
+        return digest("script", [_PLACES.sub("", str(graph)), *(self._tensor(node.t("value")) for node in constants)])

@@ -108,7 +108,7 @@ class Split:
         self.name = name
         self.task = task
         self.augment = augment
-        self.augment_hash = code_hash(augment) if augment is not None else ""  # now: its state may change as it runs
+        self.augment_hash = code_hash(augment, generators=False) if augment is not None else ""  # now: its state may change as it runs
         self.seed = seed
         self.revision = revision
         self.batch_size = batch_size

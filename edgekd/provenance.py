@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgekd.code_state import Walk, is_library, source_of
+from edgekd.code_state import Walk
+from edgekd.code_text import is_library, source_of
 from edgekd.errors import ConfigError, InputError, ModelError, Rejected
 
 if TYPE_CHECKING:
@@ -71,16 +72,18 @@ def import_factory(name: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def code_hash(function: Any) -> str:
+def code_hash(function: Any, *, generators: bool = True) -> str:
     """A SHA-256 that changes when a callable, or what it depends on, changes; equal in every process.
 
     It covers the sources of the functions and classes of the user's own modules that it leads to, the module-level values that they read, default
     arguments, closures, the bound arguments of a `functools.partial`, and the class and state of an object. Packages count by name.
+    Without `generators`, a random generator (numpy, torch, `random`) counts by its class: for an augmentation, which is given a seeded one with
+    each item; one of its own that nobody seeded would give another hash in each process, and one with another seed gives the same.
 
     Raises:
-        ConfigError: a value on the way cannot be identified (an open file, a session, a generator); it is named.
+        ConfigError: a value on the way cannot be identified (an open file, a session, an iterator), or objects lie some hundred deep; it is named.
     """
-    found, hidden = examine(function)
+    found, hidden = examine(function, generators=generators)
     if hidden:
         raise ConfigError(
             f"{_name(function)} depends on something whose content cannot be told, so that a stored result might be taken for another's",
@@ -92,11 +95,12 @@ def code_hash(function: Any) -> str:
     return found
 
 
-def examine(function: Any) -> tuple[str, tuple[str, ...]]:
+def examine(function: Any, *, generators: bool = True) -> tuple[str, tuple[str, ...]]:
     """The hash of `code_hash`, and the names of what it cannot cover, which counts by its type only."""
     kind = function if isinstance(function, (type, types.FunctionType)) else type(function)
-    module = str(getattr(function, "__globals__", {}).get("__name__", "") or kind.__module__)
-    walk = Walk(module)
+    code = function.__func__ if isinstance(function, types.MethodType) else function
+    module = str(code.__globals__.get("__name__", "") if isinstance(code, types.FunctionType) else kind.__module__)
+    walk = Walk(module, generators=generators)
     text = walk.text(function, _name(function))
     if kind is function and is_library(module):  # a package's own factory: by its file
         text = hashlib.sha256((text + _file_text(function)).encode()).hexdigest()
@@ -116,14 +120,14 @@ def _file_text(function: Any) -> str:
 
 def architecture_hash(module: torch.nn.Module, *, weights: bool = True) -> str:
     """A SHA-256 over the classes of all parts of a module, with their sources where they are the user's own and with what those read, over the
-    parts' attributes, and over the names, shapes, types and (with `weights`) bytes of the tensors.
+    parts' attributes, and over the names, shapes, types and (with `weights`) bytes of the tensors, registered or not.
 
-    An attribute that is a tensor without being a parameter or a buffer, or an object of a package's class, counts by its type.
+    An object of a package's class that `copy` cannot take apart counts by its type, a random generator by its class.
 
     Raises:
         ModelError: a weight or an attribute cannot be read.
     """
-    walk = Walk("", shallow=True, weights=weights)
+    walk = Walk("", shallow=True, weights=weights, generators=False)
     text = walk.text(module, type(module).__name__)
     if walk.hidden:
         raise ModelError("a part of the network cannot be identified", found="; ".join(walk.hidden), hint="keep it out of the module", subject=walk.hidden[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,56 @@ def forward_names(module: torch.nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-class TorchTeacher:
+class AnsweringTeacher(ABC):
+    """A teacher that is known by its content, and by its answers to a few items: whatever the content does not tell changes those."""
+
+    name: str
+    module: torch.nn.Module | None = None
+    _content: str = ""
+    _answers: str = ""
+
+    @abstractmethod
+    def outputs(self, inputs: Tensors) -> dict[str, Array]:
+        """Named outputs of all items, `(items, ...)`."""
+
+    @abstractmethod
+    def _content_hash(self) -> str:
+        """The hash of what the teacher is made of."""
+
+    def answer(self, inputs: Tensors) -> None:
+        """From now on the answers to these items are part of what identifies the teacher."""
+        self._keep_content()  # before it runs: its state may change then
+        self._answers = array_hash(self._repeatable(inputs))
+
+    def _repeatable(self, inputs: Tensors) -> dict[str, Array]:
+        """The outputs, bit by bit the same in each process."""
+        return self.outputs(inputs)
+
+    def _keep_content(self) -> str:
+        self._content = self._content or self._content_hash()
+        return self._content
+
+    def weights_hash(self) -> str:
+        """The hash of the content as it was when it was first asked for, and of the answers."""
+        return sha256_bytes(" ".join([self._keep_content(), self._answers]).encode())
+
+
+class _InTorch(AnsweringTeacher):
+    def _repeatable(self, inputs: Tensors) -> dict[str, Array]:
+        """With torch's generator seeded, and on one thread: how sums are split over threads changes their last bits."""
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return self.outputs(inputs)
+        finally:
+            torch.set_num_threads(threads)
+
+
+class TorchTeacher(_InTorch):
     """A teacher that is a torch module; runs in evaluation mode and restores the mode it found."""
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -100,11 +150,11 @@ class TorchTeacher:
                 part.training = training
         return found
 
-    def weights_hash(self) -> str:
+    def _content_hash(self) -> str:
         return architecture_hash(self._module)
 
 
-class ExportedTeacher:
+class ExportedTeacher(_InTorch):
     """A teacher that is a `torch.export.ExportedProgram`; it runs as it was exported, in batches of the size it was exported with
     where that is fixed. It has no module: the graph has one mode and no layers to tap, so it cannot be measured on the target."""
 
@@ -130,11 +180,11 @@ class ExportedTeacher:
         sizes = {int(shape[0]) for shape in shapes if len(shape) and isinstance(shape[0], int)}
         return max(sizes, default=0)
 
-    def weights_hash(self) -> str:
+    def _content_hash(self) -> str:
         return sha256_bytes((architecture_hash(self._graph) + str(self._program.graph)).encode())
 
 
-class OnnxTeacher:
+class OnnxTeacher(AnsweringTeacher):
     """A teacher that is an ONNX file; runs on the host's CPU with ONNX Runtime, in batches of the file's size where that is fixed."""
 
     def __init__(self, path: Path) -> None:
@@ -176,7 +226,7 @@ class OnnxTeacher:
         )
         return found
 
-    def weights_hash(self) -> str:
+    def _content_hash(self) -> str:
         return file_hash(self.path)
 
 
@@ -194,7 +244,7 @@ def _ort_errors() -> tuple[type[Exception], ...]:
     )
 
 
-class CallableTeacher:
+class CallableTeacher(AnsweringTeacher):
     """A teacher that is any callable from named arrays to outputs (an array, or a nesting of arrays).
 
     It may hold what cannot be hashed (a session, another library's model). Then it is known by its answers to a few items, given to `answer`;
@@ -205,21 +255,18 @@ class CallableTeacher:
         self.name = getattr(function, "__name__", type(function).__name__)
         self.module: torch.nn.Module | None = None
         self._function = function
-        self._code, self._hidden = examine(function)  # now: its state may change as it runs
-        self._answers = ""
-
-    def answer(self, inputs: Tensors) -> None:
-        """From now on the answers to these items are part of what identifies the teacher."""
-        self._answers = array_hash(self.outputs(inputs))
+        self._content, self._hidden = examine(function)  # now: its state may change as it runs
 
     def outputs(self, inputs: Tensors) -> dict[str, Array]:
         found: dict[str, Array] = _run(self.name, inputs, self._function)
         return found
 
+    def _content_hash(self) -> str:
+        return self._content
+
     def weights_hash(self) -> str:
         """The hash of the callable with what it depends on, and of its answers."""
-        unknown = _PROCESS if self._hidden and not self._answers else ""
-        return sha256_bytes(" ".join([self._code, self._answers, unknown]).encode())
+        return sha256_bytes(f"{super().weights_hash()} {_PROCESS}".encode()) if self._hidden and not self._answers else super().weights_hash()
 
 
 def as_teacher(teacher: Any) -> Teacher:

@@ -9,17 +9,18 @@ import msgspec
 from edgekd.provenance import built_hash, code_hash
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context
-from edgekd.teachers import CallableTeacher
+from edgekd.teachers import AnsweringTeacher
 
 _ANSWERED = 8
 
 
 def run_facts(context: Context) -> dict[str, Any]:
     """What every stage depends on: teacher, data, task, budget, target and seed; no options."""
-    if isinstance(context.teacher, CallableTeacher):
-        context.teacher.answer(context.validation.all(_ANSWERED).inputs)
+    teacher, items = context.teacher, context.validation.all(_ANSWERED).inputs
+    if isinstance(teacher, AnsweringTeacher):
+        teacher.answer(items)
     return {
-        "teacher": context.teacher.weights_hash(),
+        "teacher": teacher.weights_hash(),
         "train": context.train.fingerprint(),
         "validation": context.validation.fingerprint(),
         "test": context.test.fingerprint(),
