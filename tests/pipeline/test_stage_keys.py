@@ -190,6 +190,39 @@ def test_a_callable_with_the_same_source_but_other_answers_has_another_key(tmp_p
     assert {name for name, value in first.items() if value != other[name]} == {"teacher"}
 
 
+def test_every_kind_of_teacher_is_known_by_its_answers_too(tmp_path: Path) -> None:
+    class Hiding(torch.nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factors = (factor for _ in itertools.count())
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.flatten(1)[:, :4] * next(self.factors)
+
+    def key(factor: float) -> str:
+        given = arguments("classification", tmp_path / "run", teacher=Hiding(factor))
+        del given["run_dir"]
+        with connect("null") as live:
+            return stage_key("baseline", 1, {}, run_facts(make_context(**given, target=live, store=StageStore(tmp_path / "run"))))
+
+    assert key(1.0) == key(1.0) != key(2.0)
+
+
+def test_used_task_has_the_facts_of_a_new_one(tmp_path: Path) -> None:
+    task = Classification()
+
+    def facts() -> dict[str, Any]:
+        given = arguments("classification", tmp_path / "run") | {"task": task}
+        del given["run_dir"]
+        with connect("null") as live:
+            return run_facts(make_context(**given, target=live, store=StageStore(tmp_path / "run")))
+
+    before = facts()
+    task.check({"mask": np.zeros((2, 3, 5), dtype=np.float32)}, np.zeros((2, 5), dtype=np.int64))
+    assert not task.binary
+    assert facts() == before
+
+
 def test_labels_that_went_bad_since_the_baseline_was_kept_are_refused(world: World) -> None:
     names = ("train", "validation", "test")
     world.changes = {name: getattr(make_data("classification"), name) for name in names}
