@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import sys
 import types
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgekd.code_state import Walk
 from edgekd.code_text import is_library, source_of
-from edgekd.errors import ConfigError, InputError, ModelError, Rejected
+from edgekd.errors import ConfigError, ModelError, Rejected
 
 if TYPE_CHECKING:
     import torch
@@ -48,28 +47,6 @@ def describe_factory(factory: Callable[..., Any]) -> Origin:
     if found is not factory:
         return Origin("", digest, f"{module}:{qualname} is no longer this factory (it was wrapped or replaced)")
     return Origin(f"{module}:{qualname}", digest, "yes")
-
-
-def import_factory(name: str) -> Callable[..., Any]:
-    """The callable at `module:qualname`.
-
-    Raises:
-        InputError: the module cannot be imported, or it has no such attribute.
-    """
-    module_name, _, qualname = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(
-            f"the student's factory {name} cannot be imported", found=str(error), hint="run from the folder that holds the module, or install it", subject=name
-        ) from error
-    for part in qualname.split("."):
-        if not hasattr(found, part):
-            raise InputError(f"the module {module_name} has no {qualname}", hint="restore the factory under the name that was recorded", subject=name)
-        found = getattr(found, part)
-    if not callable(found):
-        raise InputError(f"{name} is no factory", found=type(found).__name__, subject=name)
-    return found  # type: ignore[no-any-return]
 
 
 def code_hash(function: Any, *, generators: bool = True) -> str:
