@@ -40,6 +40,7 @@ from collections.abc import Callable
 from typing import Any
 
 LOCK_NAME = "edgekd-device.lock"
+_PRIME = (1 << 521) - 1
 ISA = {name: name for name in ["avx", "avx2", "fma", "f16c", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "neon", "i8mm", "bf16", "sve", "sve2"]}
 ISA.update(avx512f="avx512", avx512_vnni="vnni", asimd="neon", asimddp="dotprod", asimdhp="fp16")
 RUNTIME_ERRORS: list[type[Exception]] = [RuntimeError]
@@ -147,14 +148,16 @@ def os_name(text: str) -> str:
     return match.group(1) if match else platform.system()
 
 
-def sentinel_ns(runs: int = 20) -> int:
-    """The shortest of several runs of a fixed integer kernel, in nanoseconds, over some 70 ms: longer than a burst, so slower means a slower machine."""
+def sentinel_ns(window_s: float = 0.15) -> int:
+    """The shortest run of a fixed kernel within 150 ms, in nanoseconds: longer than a neighbour's burst, so slower means a slower machine.
+
+    The kernel is a power modulo a prime: one loop of C over 70 bytes. Python's own loops differ by a tenth from process to process, with their addresses.
+    """
     times = []
-    for _ in range(runs):
+    end = time.perf_counter_ns() + int(window_s * 1e9)
+    while not times or time.perf_counter_ns() < end:
         start = time.perf_counter_ns()
-        value = 12345
-        for _ in range(40000):
-            value = (value * 1103515245 + 12345) & 0x7FFFFFFF
+        pow(3, _PRIME - 2, _PRIME)
         times.append(time.perf_counter_ns() - start)
     return min(times)
 
