@@ -258,9 +258,10 @@ def load_arrays(paths: dict[str, str]) -> dict[str, Any]:
 
 
 def warm_up(step: Callable[[int], int], protocol: dict[str, Any]) -> tuple[int, float, float | None]:
-    """Run until the medians of the last five windows differ by less than the limit; the number of runs, seconds, and the spread reached.
+    """Run until the medians of the last five windows neither fall nor rise; the number of runs, seconds, and the slope reached.
 
-    A window lasts a fifth of `warmup_min_s` and at least three runs. The spread is (largest - smallest) / smallest.
+    A window lasts a fifth of `warmup_min_s` and at least three runs. The slope is Theil and Sen's, the median over all pairs of windows, as a share of
+    the smallest median per window: one window that a neighbour disturbed does not move it.
     """
     begin = window_begin = time.perf_counter()
     runs, drift = 0, None
@@ -274,7 +275,8 @@ def warm_up(step: Callable[[int], int], protocol: dict[str, Any]) -> tuple[int, 
             continue
         medians, window, window_begin = [*medians[-4:], statistics.median(window)], [], now
         if len(medians) == 5:
-            drift = (max(medians) - min(medians)) / float(max(1, min(medians)))
+            slopes = [(medians[late] - medians[early]) / (late - early) for late in range(5) for early in range(late)]
+            drift = abs(statistics.median(slopes)) / float(max(1, min(medians)))
             if drift < protocol["warmup_drift"] and now - begin >= protocol["warmup_min_s"]:
                 break
     return runs, time.perf_counter() - begin, drift

@@ -36,8 +36,8 @@ class Clock(str, Enum):
 class LaunchProtocol(Record, tag="edgekd.launch_protocol/1", frozen=True, kw_only=True):
     """How one launch (a fresh process, one observation) is run.
 
-    Warm-up lasts at least `warmup_min_s` and goes on until the medians of five windows differ by less than
-    `warmup_drift`, at most `warmup_max_s`. Then at least `min_samples` inferences and `min_time_s` are timed, at most
+    Warm-up lasts at least `warmup_min_s` and goes on until the medians of five windows rise or fall by less than
+    `warmup_drift` a window, at most `warmup_max_s`. Then at least `min_samples` inferences and `min_time_s` are timed, at most
     `max_time_s`. Inputs rotate over `rotation` tensors.
     """
 
