@@ -23,11 +23,13 @@ class Precision(str, Enum):
 
 
 class Format(str, Enum):
-    """The file format of an artifact."""
+    """The file format of an artifact. A SavedModel is a folder: all its files belong to the artifact, the entry is `saved_model.pb`."""
 
     ONNX = "onnx"
     TFLITE = "tflite"
     TENSORRT = "tensorrt"
+    SAVED_MODEL = "saved_model"
+    KERAS = "keras"
 
 
 class TensorSpec(Record, tag="edgekd.tensor/1", frozen=True, kw_only=True):
