@@ -149,7 +149,7 @@ def _result(converter: str, code: int, answer: Path, log: Path, seconds: float, 
     if isinstance(error_told, dict) and isinstance(error_told.get("message"), str):
         blamed = blame.findall("\n".join(log_tail(log))) if blame else []
         operator = str(error_told.get("subject") or (blamed[-1] if blamed else ""))
-        raise _failed(
+        failure = _failed(
             converter,
             log,
             "error",
@@ -157,6 +157,9 @@ def _result(converter: str, code: int, answer: Path, log: Path, seconds: float, 
             hint=str(error_told.get("hint") or "replace the operator, or take another road"),
             subject=operator,
         )
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write("\n" + str(error_told.get("traceback", "")))
+        raise failure
     if not isinstance(result, dict):
         raise _failed(converter, log, "rubbish", "left no readable result", f"{str(told)[:200]}", hint="make its environment anew, and read the log")
     return result

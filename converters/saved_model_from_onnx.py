@@ -27,6 +27,11 @@ OLDEST_OPSET = 7
 NEWEST_OPSET = 17
 """onnx-tf 1.10.0 was released for operator set 15; networks exported at 16 and 17 convert, those at 18 and above were never seen to."""
 
+NEWEST_RECURRENT_OPSET = 12
+"""torch writes Unsqueeze 13 around recurrent layers from operator set 13 on, and onnx-tf has it up to 11."""
+
+_RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+
 
 class SavedModelFromOnnx:
     """Converts an ONNX file whose sizes are fixed and whose operators onnx-tf knows in their versions: convolutional nets up to
@@ -131,7 +136,8 @@ def support_of(proto: Any) -> SupportReport:
             note=f"export it with opset_version={NEWEST_OPSET} by torch's older exporter (dynamo=False)",
         )
     plain = {operator for domain, operator in nodes if domain in ("", "ai.onnx")}
-    fitting = [at for at in range(NEWEST_OPSET, OLDEST_OPSET - 1, -1) if all(_has(onnx, operator, at, known) for operator in plain)]
+    newest = NEWEST_RECURRENT_OPSET if plain & _RECURRENT else NEWEST_OPSET
+    fitting = [at for at in range(newest, OLDEST_OPSET - 1, -1) if all(_has(onnx, operator, at, known) for operator in plain)]
     if fitting and fitting[0] < opset:
         note = f"export it with opset_version={fitting[0]} by torch's older exporter (dynamo=False), or take tflite-from-onnx"
     else:

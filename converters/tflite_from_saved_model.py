@@ -10,7 +10,7 @@ from edgekd.records import Format, IOSpec, Precision
 
 from ._child import WORKERS, limits_of, run_worker, work_folder
 from ._saved_model import described, fixed_binding, require_names, stored_source, tensorflow_python
-from ._tflite_edges import calibration_arrays, check_options, finish, kind_of, save_arrays
+from ._tflite_edges import calibration_arrays, check_options, finish, kind_of, one_sample, save_arrays
 
 
 class TfliteFromSavedModel:
@@ -18,8 +18,9 @@ class TfliteFromSavedModel:
     (option `precision`), or int8 by a recipe, inputs and outputs float.
 
     Scheme `static_int8` takes ranges by minmax on the request's calibration inputs, weights per channel; `dynamic_int8` needs none.
-    Layouts stay as they are. TensorFlow is that of this Python (extra `tensorflow`) if it is installed, else that of the environment
-    `tensorflow`. Options of the process: `timeout_s` (1800), `memory_mb` (8000), `environments` (folder; asks for the environment).
+    Layouts stay as they are. The file is run on the example; in fp32 it must give what the SavedModel gives. TensorFlow is that of
+    this Python (extra `tensorflow`) if it is installed, else that of the environment `tensorflow`. Options of the process:
+    `timeout_s` (1800), `memory_mb` (8000), `environments` (folder; asks for the environment).
     """
 
     name = "tflite-from-saved-model"
@@ -44,6 +45,7 @@ class TfliteFromSavedModel:
         binding = fixed_binding(spec)
         python, where = tensorflow_python(request, "converting a SavedModel to TFLite")
         calibration = calibration_arrays(request, spec.inputs, binding, self.name) if kind == "static_int8" else {}
+        example = {tensor.name: one_sample(request, tensor, binding) for tensor in spec.inputs}
         with work_folder(self.name) as work:
             asked = {
                 "model": str(source.folder.resolve()),
@@ -51,6 +53,7 @@ class TfliteFromSavedModel:
                 "per_channel": request.recipe is None or request.recipe.per_channel,
                 "inputs": described(spec.inputs, binding),
                 "outputs": [tensor.name for tensor in spec.outputs],
+                "example": save_arrays(example, work, "example"),
                 "calibration": save_arrays(calibration, work, "calibration"),
             }
             told = run_worker(WORKERS / "tflite_worker.py", asked, python=python, work=work, converter=self.name, limits=limits)
@@ -63,5 +66,5 @@ class TfliteFromSavedModel:
             precision=precision,
             converter=self.name,
             producers={**source.record.producers, **told["versions"]},
-            metadata={"environment": where},
+            metadata={"environment": where, "example_error": f"{max(told['errors'].values()):.2e}"},
         )

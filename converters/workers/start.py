@@ -41,10 +41,9 @@ def answer(worker: str, request: dict[str, Any]) -> dict[str, Any]:
         return {"type": TYPE, "result": runpy.run_path(worker, run_name="worker")["work"](request)}
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # noqa: BLE001 - whatever ends a library is told to the process that waits, with the traceback in the log
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001 - whatever ends a library is told to the process that waits
         told = {name: str(getattr(error, name)) for name in ("subject", "hint") if getattr(error, name, None)}
-        return {"type": TYPE, "error": {"message": message_of(error), **told}}
+        return {"type": TYPE, "error": {"message": message_of(error), "traceback": traceback.format_exc(), **told}}
 
 
 def main(argv: list[str]) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 parts = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tflite_parts.py"))
 Refused = parts["Refused"]
 
+_TOLERANCE = 1e-3
+
 
 def signature_of(loaded: Any, inputs: list[str], outputs: list[str]) -> Any:
     """The signature `serving_default`, after its names were compared with those asked for."""
@@ -46,8 +48,21 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
 
     parts["write_tflite"](tf, "fixed", "model.tflite", request["kind"], calibration, request["per_channel"])
     runner = parts["interpreter"](tf, "model.tflite")
+    where = parts["borders"](runner, names, request["outputs"])
+    feeds = {name: np.load(path, allow_pickle=False) for name, path in request["example"].items()}
+    found = parts["run"](runner, where, feeds)
+    expected = signature(**{name: tf.constant(value) for name, value in feeds.items()})
+    errors = {}
+    for name, value in found.items():
+        wanted = expected[name].numpy()
+        if value.shape != wanted.shape:
+            raise Refused(f"the output {name!r} has shape {value.shape} instead of {wanted.shape}", name)
+        errors[name] = float(np.abs(value.astype(np.float64) - wanted).max()) / max(float(np.abs(wanted).max()), 1e-9)
+        if request["kind"] == "fp32" and not errors[name] <= _TOLERANCE:
+            raise Refused(f"the file computes something else: output {name!r} differs by {errors[name]:.2e} of its largest value", name)
     return {
         "file": os.path.abspath("model.tflite"),
-        "borders": parts["borders"](runner, names, request["outputs"]),
+        "borders": where,
+        "errors": errors,
         "versions": {"tensorflow": tf.__version__},
     }
