@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -16,9 +17,12 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Tensors
 from edgekd.errors import ConversionRejected, DataError, MissingDependency, near_names
 
-from ._onnx_io import Noise, captured
+from ._onnx_io import Noise, captured, last_message
 
 _TAIL = 2000
+_PROGRESS = re.compile(r"^\(\d\d:\d\d\) \[|Decompositions( \(\+|$)|^MLIR Module|LeafSpec|XNNPACK delegate for CPU|_preserve_all_tensors|it/s\]|absl::|oneDNN")
+"""Lines that say how far a library is, or that its authors will change something."""
+
 RUN_ERRORS = (RuntimeError, ValueError, TypeError)
 """What the interpreter raises on a model or an input that it refuses."""
 
@@ -59,9 +63,16 @@ def _duplicate(fd: int) -> int | None:
 
 
 def tail(noise: Noise) -> str:
-    """The last lines of what a library said, at most 2000 characters."""
+    """The last lines of what a library said besides its progress, at most 2000 characters."""
     lines = [line.strip() for line in (*noise.printed.getvalue().splitlines(), *noise.warnings, *noise.errors)]
-    return " | ".join(line for line in lines if line)[-_TAIL:]
+    telling = dict.fromkeys(line for line in lines if line and not _PROGRESS.search(line))
+    return " | ".join(telling)[-_TAIL:]
+
+
+def blame(error: BaseException, noise: Noise, limit: int = 600) -> str:
+    """A library's error as one line, followed by what it said before, at most `limit` characters of it."""
+    said = tail(noise)[-limit:]
+    return last_message(error) + (f" [{said}]" if said else "")
 
 
 def interpreter(model: StoredArtifact, *, taps: bool = False) -> Any:
@@ -80,9 +91,7 @@ def interpreter(model: StoredArtifact, *, taps: bool = False) -> Any:
             made = Interpreter(model_path=str(model.entry), num_threads=1, experimental_preserve_all_tensors=taps)
             made.allocate_tensors()
         except RUN_ERRORS as error:
-            raise ConversionRejected(
-                "LiteRT cannot load the model", found=f"{error} {tail(noise)}".strip(), hint="convert it again", subject=str(model.entry)
-            ) from error
+            raise ConversionRejected("LiteRT cannot load the model", found=blame(error, noise), hint="convert it again", subject=str(model.entry)) from error
     return made
 
 
@@ -101,7 +110,8 @@ def host_infer(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ())
     if unknown:
         raise DataError(f"the model has no tensor {unknown[0]!r}", allowed=near_names(unknown[0], details)[:300], subject=unknown[0])
     feeds, wanted = _borders(runner)
-    wanted |= {name: details[name]["index"] for name in taps}
+    order = [tensor.name for tensor in model.record.iospec.outputs if tensor.name in wanted]
+    wanted = {name: wanted[name] for name in (*order, *wanted)} | {name: details[name]["index"] for name in taps}
     by_index = {item["index"]: item for item in details.values()}
     by_index |= {item["index"]: item for item in (*runner.get_input_details(), *runner.get_output_details())}
     missing = sorted(set(feeds) - set(inputs))
@@ -119,7 +129,7 @@ def host_infer(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ())
                     parts[name].append(_values(runner.get_tensor(index), by_index[index]))
             except RUN_ERRORS as error:
                 raise ConversionRejected(
-                    "LiteRT fails on the model", found=f"{error} {tail(noise)}".strip(), hint="check the shapes of its inputs", subject=str(model.entry)
+                    "LiteRT fails on the model", found=blame(error, noise), hint="check the shapes of its inputs", subject=str(model.entry)
                 ) from error
     return {name: np.concatenate(pieces) for name, pieces in parts.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,8 +19,8 @@ from edgekd.tflite_artifact import store_tflite
 from edgekd.tflite_io import parse_model, require_schema, unique
 from edgekd.tree import flatten_outputs
 
-from ._litert import quiet, tail
-from ._onnx_io import Noise, last_message, versions
+from ._litert import blame, quiet
+from ._onnx_io import Noise, versions
 from ._torch_io import MODEL_ERRORS, copy_module, module_outputs
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def _is_refusal(error: Exception) -> bool:
 def _refused(module: torch.nn.Module, seen: _Seen, failure: Exception, noise: Noise) -> ConversionRejected:
     kind = type(module).__name__
     unrolled = seen.recurrent_steps * _OPS_PER_STEP
-    where = _place(f"{failure}\n{noise.printed.getvalue()}")
+    where = _place(str(failure))
     if unrolled > _OP_CAP:
         hint = (
             f"its {seen.recurrent_steps} recurrent steps unroll to about {unrolled} operators, above {_OP_CAP}: convert one step with its state, "
@@ -233,19 +234,18 @@ def _refused(module: torch.nn.Module, seen: _Seen, failure: Exception, noise: No
         hint = "replace the operator, or remove control flow that depends on values"
     return ConversionRejected(
         f"{kind} cannot be converted to TFLite" + (f", at {where}" if where else ""),
-        found=f"{last_message(failure)} [{tail(noise)[-600:]}]",
+        found=blame(failure, noise),
         hint=hint,
-        subject=where or kind,
+        subject=where.split(" ")[0] or kind,
     )
 
 
 def _place(text: str) -> str:
-    """The operator or module that the library blames, or nothing."""
-    for pattern in _BLAMED:
-        match = re.search(pattern, text)
-        if match:
-            return match.group(1)
-    return ""
+    """The operator that the library blames and the line of the user's code that calls it, as far as it tells."""
+    found = next((match.group(1) for match in (re.search(pattern, text) for pattern in _BLAMED) if match), "")
+    lines = re.findall(r'File "([^"\n]+)", line (\d+), in forward', text)
+    line = f"{Path(lines[-1][0]).name}:{lines[-1][1]}" if lines else ""
+    return f"{found} ({line})" if found and line else found or line
 
 
 def _scopes(module: torch.nn.Module) -> dict[str, str]:
@@ -298,7 +298,8 @@ def _restore_names(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]
                 done[item.tensorIndex] = unique(names[number], taken)
     for op in graph.operators:
         kind = reader.opcode_to_name(model, op.opcodeIndex) or "CUSTOM"
-        path = _module_path(graph.tensors[op.outputs[0]].name.decode(), scopes)
+        named = [graph.tensors[index].name.decode() for index in (*op.outputs[:1], *(index for index in op.inputs if index >= 0 and index not in done))]
+        path = next((path for path in (_module_path(name, scopes) for name in named) if path is not None), "")
         wish = f"{path}/{kind}" if path else kind
         for index in op.outputs:
             if index not in done:
@@ -315,11 +316,14 @@ def _numbers(items: Any, prefix: str) -> list[int]:
     return [int(name.removeprefix(prefix)) if re.fullmatch(rf"{prefix}\d+", name) else -1 for name in names]
 
 
-def _module_path(name: str, scopes: Mapping[str, str]) -> str:
-    """The path of the innermost module in a tensor's name, whose parts are separated by semicolons and may end in a counter."""
+def _module_path(name: str, scopes: Mapping[str, str]) -> str | None:
+    """The path of the module in a tensor's name, `None` where none is known.
+
+    The name lists what was fused into the operator, separated by semicolons, and ends in a counter; the operator itself comes last.
+    """
     root = next(iter(scopes))
     parts = [part[max(part.find(root), 0) :] for part in name.split(";")]
-    return max((scopes[part] for part in reversed(parts) if part in scopes), key=lambda path: (bool(path), path.count(".")), default="")
+    return next((scopes[part] for part in reversed(parts) if part in scopes), None)
 
 
 def _like(spec: IOSpec, outputs: Mapping[str, torch.Tensor], layouts: Mapping[str, str], binding: Mapping[str, int]) -> IOSpec:

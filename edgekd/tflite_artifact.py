@@ -18,6 +18,7 @@ from edgekd.storage import write_atomic
 from edgekd.tflite_io import (
     TfliteGraph,
     depth_of,
+    ensure_signature,
     iospec_of,
     layout_ops,
     load_model,
@@ -125,6 +126,7 @@ def import_tflite(path: Path, folder: Path, *, like: IOSpec | None = None) -> St
     """
     model = load_model(path)
     renamed = unique_tensor_names(model)
+    ensure_signature(model)
     graph = read_graph(model)
     noted = read_notes(model)
     if like is None and "iospec" in noted:

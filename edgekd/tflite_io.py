@@ -255,6 +255,21 @@ def unique_tensor_names(model: Any) -> int:
     return changed
 
 
+def ensure_signature(model: Any) -> int:
+    """Give a file without a signature one, in place, with the names of its tensors; how many were added (0 or 1).
+
+    Raises:
+        ModelError: two inputs or two outputs have one name.
+    """
+    if model.signatureDefs:
+        return 0
+    schema, _ = require_schema("naming the tensors of a TFLite model")
+    found = read_graph(model)
+    pairs = [[schema.TensorMapT(name=name.encode(), tensorIndex=tensor.index) for name, tensor in items.items()] for items in (found.inputs, found.outputs)]
+    model.signatureDefs = [schema.SignatureDefT(inputs=pairs[0], outputs=pairs[1], signatureKey=b"serving_default", subgraphIndex=0)]
+    return 1
+
+
 def unique(wish: str, taken: set[str]) -> str:
     """`wish`, or `wish_2`, `wish_3`, ... where it is taken; the answer is taken from now on."""
     name, count = wish, 1
@@ -266,7 +281,7 @@ def unique(wish: str, taken: set[str]) -> str:
 
 
 def iospec_of(graph: TfliteGraph, like: IOSpec | None = None) -> IOSpec:
-    """What the file takes and gives. Names, types and sizes come from the file; layout, value range and normalization from `like`."""
+    """What the file takes and gives. Names, types and sizes come from the file; order, layout, value range and normalization from `like`."""
     hints = {tensor.name: tensor for tensor in (*like.inputs, *like.outputs)} if like else {}
 
     def spec(name: str, tensor: TfliteTensor) -> TensorSpec:
@@ -281,9 +296,13 @@ def iospec_of(graph: TfliteGraph, like: IOSpec | None = None) -> IOSpec:
             normalization=hint.normalization if hint else "",
         )
 
+    def ordered(found: Mapping[str, TfliteTensor], wanted: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        first = [tensor.name for tensor in wanted if tensor.name in found]
+        return tuple(spec(name, found[name]) for name in dict.fromkeys((*first, *found)))
+
     return IOSpec(
-        inputs=tuple(spec(name, tensor) for name, tensor in graph.inputs.items()),
-        outputs=tuple(spec(name, tensor) for name, tensor in graph.outputs.items()),
+        inputs=ordered(graph.inputs, like.inputs if like else ()),
+        outputs=ordered(graph.outputs, like.outputs if like else ()),
         state=like.state if like else (),
         static_binding=dict(like.static_binding) if like else {},
     )
