@@ -136,25 +136,6 @@ def test_int8_of_onnx2tf_itself_gives_the_same_numbers(need: Need, home: Path | 
     python = environment_python("onnx2tf", purpose="a test", path=home)
     words = ["-i", "m.onnx", "-o", "out", "-osd", "-n", "-oiqt", "-qt", "per-channel", "-iqd", "int8", "-oqd", "int8"]
     words += ["-cind", "image", "calibration.npy", "0.0", "1.0"]
-        "-i",
-        "m.onnx",
-        "-o",
-        "out",
-        "-osd",
-        "-oiqt",
-        "-qt",
-        "per-channel",
-        "-cind",
-        "image",
-        "calibration.npy",
-        "0.0",
-        "1.0",
-        "-iqd",
-        "int8",
-        "-oqd",
-        "int8",
-        "-n",
-    ]
     variables = {"PATH": f"{python.parent}:/usr/bin:/bin", "HOME": str(tmp_path)}
     subprocess.run([str(python.parent / "onnx2tf"), *words], cwd=tmp_path, env=variables, check=True, capture_output=True, timeout=600)
     from ai_edge_litert.interpreter import Interpreter
