@@ -108,15 +108,18 @@ def parse_model(data: bytes, *, source: str = "the data") -> Any:
     Raises:
         ModelError: the data are cut off, or no TFLite model.
     """
-    _, reader = require_schema("reading a TFLite model")
+    schema, reader = require_schema("reading a TFLite model")
     problem = "no TFLite file identifier"
     if data[4:8] == _IDENTIFIER:
         try:
+            root = schema.Model.GetRootAs(data)
+            ends = [root.Buffers(index).Offset() + root.Buffers(index).Size() for index in range(root.BuffersLength())]
             model = reader.read_model_from_bytearray(data)
-            cut = any(buffer.data is not None and buffer.size > len(buffer.data) for buffer in model.buffers)
-            if model.subgraphs and not cut:
+            if max(ends, default=0) <= len(data) and model.subgraphs:
+                for buffer in model.buffers:
+                    buffer.data = None if buffer.data is None else np.frombuffer(_bytes(buffer.data), dtype=np.uint8)
                 return model
-            problem = "a buffer ends behind the end of the file" if cut else "no graph"
+            problem = "no graph" if not model.subgraphs else "weights end behind the end of the file"
         except _READ_ERRORS as error:
             problem = f"{type(error).__name__}: {error}"
     raise ModelError(f"{source} is not a whole TFLite model", found=problem, hint="convert it again", subject=source)
@@ -339,4 +342,6 @@ def _text(value: bytes | str | None) -> str:
 
 
 def _bytes(values: Any) -> bytes:
+    if isinstance(values, (bytes, bytearray, memoryview)):
+        return bytes(values)
     return b"" if values is None else np.asarray(values, dtype=np.uint8).tobytes()

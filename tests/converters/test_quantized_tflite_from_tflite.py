@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, ConvertRequest, Infer
@@ -199,6 +200,15 @@ def test_dynamic_int8_and_fp16_need_no_calibration(residual: StoredArtifact, tmp
     assert half.record.precision is Precision.FP16
     assert half.record.metadata["fp16_weights"] == "7"
     assert fidelity(residual, half) > 65
+
+
+def test_a_file_whose_weights_the_quantizer_puts_outside_is_stored_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"x": noise(4, 512)}
+    source = convert(torch.nn.Linear(512, 600), inputs, tmp_path / "float")
+    made = quantize(request(source, inputs, tmp_path / "int8", scheme="dynamic_int8"))
+    assert 600 * 512 < made.record.size_bytes < 1.1 * 600 * 512
+    assert fidelity(source, made, inputs) > 35
 
 
 @pytest.mark.parametrize(

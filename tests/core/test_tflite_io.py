@@ -114,6 +114,29 @@ def test_a_file_that_is_cut_off_is_refused(file: Path, kept: float) -> None:
         read_graph(load_model(file))
 
 
+def with_weights_outside() -> bytes:
+    """The model with its weights behind the flatbuffer, found by offset and size, as large files have them."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = dense()
+    model.buffers[1] = schema.BufferT(offset=1, size=1)
+    data = flatbuffer_utils.convert_object_to_bytearray(model)
+    data += bytes(-len(data) % 16)
+    place = len(data)
+    data = bytearray(data)
+    flatbuffer_utils.update_packed_buffer(schema.Model.GetRootAs(data).Buffers(1), offset=place, size=WEIGHT.nbytes)
+    return bytes(data) + WEIGHT.tobytes()
+
+
+def test_weights_behind_the_flatbuffer_are_read_and_packed_inside() -> None:
+    data = with_weights_outside()
+    model = parse_model(data)
+    assert pack_model(model) == pack_model(dense())
+    assert read_graph(model).tensors[1].constant
+    with pytest.raises(ModelError, match="behind the end of the file"):
+        parse_model(data[:-1])
+
+
 def test_what_is_no_tflite_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"0123TFL4" + b"x" * 100)
     with pytest.raises(ModelError, match="identifier"):
