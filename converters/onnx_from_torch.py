@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from edgekd.records import Format, IOSpec, Precision
 from edgekd.tree import flatten_outputs
 
 from ._onnx_io import captured, last_message, versions
+from ._torch_io import MODEL_ERRORS, copy_module, module_outputs
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _ENTRY = "model.onnx"
 _MAX_BATCH = 1024
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 class OnnxFromTorch:
@@ -60,8 +59,8 @@ class OnnxFromTorch:
             raise ModelError("the exporter takes a torch.nn.Module", found=type(request.source).__name__, subject=self.name)
         names = tuple(tensor.name for tensor in request.iospec.inputs)
         arguments = _arguments(request, names, dynamic)
-        module = _copy(request.source)
-        outputs = _output_names(module, arguments)
+        module = copy_module(request.source)
+        outputs = tuple(module_outputs(module, arguments))
         proto = _export(module, arguments, names, outputs, opset, dynamic)
         folded = count_ops(proto, {"BatchNormalization"})
         name_nodes(proto, _module_names(proto))
@@ -123,36 +122,6 @@ def _arguments(request: ConvertRequest, names: tuple[str, ...], dynamic: bool) -
     return tuple(arguments)
 
 
-def _copy(source: torch.nn.Module) -> torch.nn.Module:
-    try:
-        module = copy.deepcopy(source)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise ConversionRejected("the module cannot be copied", found=last_message(error), hint="keep no tensors of a graph on the module") from error
-    return module.eval().cpu().float()
-
-
-def _output_names(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[str, ...]:
-    import torch
-
-    try:
-        with torch.no_grad():
-            outputs = flatten_outputs(module(*arguments))
-    except ModelError:
-        raise
-    except _MODEL_ERRORS as error:
-        shapes = [tuple(argument.shape) for argument in arguments]
-        raise ConversionRejected(
-            "the module fails on its example inputs",
-            found=last_message(error),
-            hint=f"check the order and shapes of its inputs: {shapes}",
-            subject=type(module).__name__,
-        ) from error
-    for name, value in outputs.items():
-        if not isinstance(value, torch.Tensor):
-            raise ConversionRejected(f"the output {name!r} is no tensor", found=type(value).__name__, hint="return tensors only", subject=name)
-    return tuple(outputs)
-
-
 def _export(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], inputs: tuple[str, ...], outputs: tuple[str, ...], opset: int, dynamic: bool) -> Any:
     import torch
 
@@ -183,7 +152,7 @@ def _export(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], inputs
                 output_names=list(outputs),
                 dynamic_shapes=shapes,
             )
-        except _MODEL_ERRORS as error:
+        except MODEL_ERRORS as error:
             where = _place(error)
             raise ConversionRejected(
                 f"{type(module).__name__} cannot be exported to ONNX" + (f", at {where}" if where else ""),

@@ -51,8 +51,11 @@ class QdqFromOnnx:
         recipe = request.recipe
         if recipe is None:
             raise ConfigError("quantizing needs a recipe", hint="pass recipe=QuantRecipe(...)", subject=self.name)
-        if recipe.scheme not in SCHEMES:
-            raise ConfigError(f"there is no quantization scheme {recipe.scheme!r}", allowed=near_names(recipe.scheme, SCHEMES), subject=recipe.scheme)
+        known_schemes = [name for name, scheme in SCHEMES.items() if scheme.format == self.target]
+        if recipe.scheme not in known_schemes:
+            raise ConfigError(
+                f"there is no quantization scheme {recipe.scheme!r} for ONNX", allowed=near_names(recipe.scheme, known_schemes), subject=recipe.scheme
+            )
         for name in request.options.keys() - {"memory_mb"}:
             raise ConfigError(f"qdq-from-onnx has no option {name!r}", allowed="memory_mb")
         with tempfile.TemporaryDirectory(prefix="edgekd.qdq.") as work:

@@ -12,19 +12,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from edgekd import registry
+from edgekd.environments import EnvironmentState, list_environments
 from edgekd.errors import ConfigError, EdgekdError
 from edgekd.profile_file import ProfileEntry, list_profiles
 from edgekd.records import Profile
 from edgekd.records.base import Record
 from edgekd.target import connect, hardware_text
 
-_MODULES = {"scikit-learn": "sklearn"}
+_MODULES = {"scikit-learn": "sklearn", "tensorflow-cpu": "tensorflow"}
 """Distributions whose module is called otherwise; the rest only turn `-` into `_`."""
 
 _DEVELOPMENT = frozenset({"dev", "testing"})
 _ARCHITECTURES = ("aarch64", "x86_64")
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;)]*)\)?\s*(?:;\s*(.*))?$")
 _EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
+_MACHINE = re.compile(r"""platform_machine\s*==\s*['"]([^'"]+)['"]""")
 
 
 class PackageRow(Record, tag="edgekd.doctor_package/1", frozen=True, kw_only=True):
@@ -79,6 +81,7 @@ class Diagnosis(Record, tag="edgekd.doctor/1", frozen=True, kw_only=True):
     machine: str
     extras: tuple[ExtraRow, ...]
     targets: tuple[TargetRow, ...]
+    environments: tuple[EnvironmentState, ...] = ()
     problem: str = ""
 
 
@@ -92,6 +95,7 @@ def diagnose() -> Diagnosis:
         machine=f"{platform.system()} {platform.machine()}",
         extras=check_extras(),
         targets=check_targets(),
+        environments=list_environments(),
         problem=architecture_problem(),
     )
 
@@ -126,13 +130,21 @@ def declared_extras() -> dict[str, tuple[str, ...]]:
 
 
 def check_extras(declared: Mapping[str, Iterable[str]] | None = None) -> tuple[ExtraRow, ...]:
-    """A row for every extra, its packages looked up without importing any; the default is what edgekd declares."""
+    """A row for every extra, its packages looked up without importing any; the default is what edgekd declares.
+
+    Packages for machines of another architecture are left out.
+    """
     rows = []
     for extra, requirements in (declared_extras() if declared is None else declared).items():
-        packages = tuple(check_package(text) for text in requirements)
+        packages = tuple(check_package(text) for text in requirements if not _for_another_machine(text))
         missing = any(row.problem for row in packages)
         rows.append(ExtraRow(extra=extra, packages=packages, remedy=install_line(extra) if missing else ""))
     return tuple(rows)
+
+
+def _for_another_machine(requirement: str) -> bool:
+    match = _MACHINE.search(requirement)
+    return match is not None and match[1] != platform.machine()
 
 
 def check_package(requirement: str) -> PackageRow:

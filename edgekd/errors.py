@@ -9,7 +9,8 @@ EdgekdError
 │   ├── ModelError            a teacher, a student or a model file
 │   ├── BundleError           a bundle that is incomplete or was changed
 │   ├── RegistryError         a name that no plug-in has, or that two want
-│   └── MissingDependency     an extra that is not installed
+│   ├── MissingDependency     an extra that is not installed
+│   └── MissingEnvironment    a converter's own environment that was not made, or is out of date
 ├── DeviceError               the device failed: retry or report
 │   ├── LinkLost              the connection broke
 │   ├── DeviceTimeout         a deadline passed
@@ -17,8 +18,10 @@ EdgekdError
 │   ├── RunnerFailed          the program on the device died or spoke nonsense
 │   └── MeasurementInvalid    no launch was valid, so there is nothing to judge: ends in refuse
 ├── StorageError              the disk is full or not writable
+├── EnvironmentFailed         a converter's own environment could not be made
 └── Rejected                  a candidate does not qualify: the search goes on
     ├── ConversionRejected    a converter refused the model
+    │   └── WorkerFailed      a converter's own process died, hung, took too much memory or spoke nonsense
     ├── ParityRejected        a converted model computes something else
     ├── UnsupportedModel      the target cannot run the model
     └── TrainingDiverged      the loss left the finite numbers
@@ -30,6 +33,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import ClassVar
 
 EXIT_PASS = 0
@@ -116,6 +120,14 @@ class MissingDependency(InputError):
         )
 
 
+class MissingEnvironment(InputError):
+    """A converter runs in an environment of its own, which was not made or was made from another list of packages."""
+
+    def __init__(self, environment: str, *, found: str, purpose: str, hint: str) -> None:
+        self.environment = environment
+        super().__init__(f"{purpose} needs the environment {environment!r}", found=found, hint=hint, subject=environment)
+
+
 class DeviceError(EdgekdError):
     """The device or the way to it failed."""
 
@@ -146,12 +158,30 @@ class StorageError(EdgekdError):
     """A file could not be written whole; what was there before is untouched."""
 
 
+class EnvironmentFailed(EdgekdError):
+    """A converter's own environment could not be made; what was there before is untouched."""
+
+
 class Rejected(EdgekdError):
     """A candidate does not qualify; whoever proposed it goes on to the next."""
 
 
 class ConversionRejected(Rejected):
     """A converter refused the model."""
+
+
+class WorkerFailed(ConversionRejected):
+    """The process of its own that a converter runs in ended without a result.
+
+    `reason` is `error` (it stopped by itself), `crash` (a signal), `timeout`, `memory`, `noise` (its log grew without end) or `rubbish`
+    (no readable result). `log` is the file with everything it printed, `tail` the last lines of it.
+    """
+
+    def __init__(self, what: str, *, reason: str, log: Path, tail: str, found: object = None, allowed: object = None, hint: str, subject: object) -> None:
+        self.reason = reason
+        self.log = log
+        self.tail = tail
+        super().__init__(what, found=found, allowed=allowed, hint=f"{hint}; everything it printed: {log}", subject=subject)
 
 
 class ParityRejected(Rejected):

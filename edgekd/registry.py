@@ -26,7 +26,14 @@ _SHIPPED: Mapping[str, Mapping[str, str]] = {
     "converters": {
         "onnx-from-torch": "edgekd.converters.onnx_from_torch:OnnxFromTorch",
         "prepare-onnx": "edgekd.converters.prepare_onnx:PrepareOnnx",
+        "prepare-tflite": "edgekd.converters.prepare_tflite:PrepareTflite",
         "qdq-from-onnx": "edgekd.converters.qdq_from_onnx:QdqFromOnnx",
+        "quantized-tflite-from-tflite": "edgekd.converters.quantized_tflite_from_tflite:QuantizedTfliteFromTflite",
+        "saved-model-from-keras": "edgekd.converters.saved_model_from_keras:SavedModelFromKeras",
+        "saved-model-from-onnx": "edgekd.converters.saved_model_from_onnx:SavedModelFromOnnx",
+        "tflite-from-onnx": "edgekd.converters.tflite_from_onnx:TfliteFromOnnx",
+        "tflite-from-saved-model": "edgekd.converters.tflite_from_saved_model:TfliteFromSavedModel",
+        "tflite-from-torch": "edgekd.converters.tflite_from_torch:TfliteFromTorch",
     },
 }
 

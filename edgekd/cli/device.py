@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgekd.cli.common import FILE, FOLDER, json_option, launch_progress, print_json, print_table, say, set_option, target_option
+from edgekd.cli.env import print_environments
 
 if TYPE_CHECKING:
     from edgekd.benching import BenchResult
@@ -52,6 +53,7 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
         ("target", "transport", "runtime", "state", "ran on hardware"),
         [(row.profile, row.transport, row.runtime, _state(row), row.hardware) for row in found.targets],
     )
+    print_environments(found.environments)
     return 0
 
 

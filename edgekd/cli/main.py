@@ -21,6 +21,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("edgekd.cli.run:convert", "Convert a model, and quantize it, without a budget."),
     "demo": ("edgekd.cli.run:demo", "Run the whole pipeline on handwritten digits."),
     "doctor": ("edgekd.cli.device:doctor", "Say what is installed, what is missing and which targets can be opened."),
+    "env": ("edgekd.cli.env:env", "Make, list or remove the environments that some converters run in."),
     "gate": ("edgekd.cli.gate:gate", "Judge a bundle again on the device, for CI."),
     "profile": ("edgekd.cli.device:profile", "Show target profiles and their fields."),
     "report": ("edgekd.cli.store:report", "Write a run's HTML report again and say where it is."),

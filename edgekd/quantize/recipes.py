@@ -12,18 +12,21 @@ from edgekd.records import CalibrationSpec, Capabilities, QuantRecipe
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a scheme's name means; weights are symmetric int8 per output channel in all of them."""
+    """What a scheme's name means; weights are symmetric int8 per output channel in all of them. `format` is the file that has it."""
 
     signed_activations: bool
     symmetric_activations: bool
     reduced_weights: bool
     why: str
+    format: str = "onnx"
 
 
 SCHEMES: Mapping[str, Scheme] = {
     "u8s8": Scheme(False, False, False, "x86 with VNNI"),
     "u8s8_reduced": Scheme(False, False, True, "x86 without VNNI, whose 8-bit products saturate in 16 bits: 7-bit weights"),
     "s8s8": Scheme(True, True, False, "ARM and accelerators with symmetric int8"),
+    "static_int8": Scheme(True, False, False, "LiteRT, integer kernels throughout: convolutions, depthwise ones above all", "tflite"),
+    "dynamic_int8": Scheme(True, True, False, "LiteRT, activations quantized at run time: transformers and recurrent nets", "tflite"),
 }
 """Every scheme by name."""
 

@@ -23,11 +23,13 @@ class Precision(str, Enum):
 
 
 class Format(str, Enum):
-    """The file format of an artifact."""
+    """The file format of an artifact. A SavedModel is a folder: all its files belong to the artifact, the entry is `saved_model.pb`."""
 
     ONNX = "onnx"
     TFLITE = "tflite"
     TENSORRT = "tensorrt"
+    SAVED_MODEL = "saved_model"
+    KERAS = "keras"
 
 
 class TensorSpec(Record, tag="edgekd.tensor/1", frozen=True, kw_only=True):
@@ -132,7 +134,8 @@ class CalibrationSpec(Record, tag="edgekd.calibration/1", frozen=True, kw_only=T
 class QuantRecipe(Record, tag="edgekd.recipe/1", frozen=True, kw_only=True):
     """How a model is quantized; data, so that it can be hashed, stored and applied again.
 
-    `scheme` is one of `u8s8`, `s8s8`, `u8s8_reduced`; `float_ops` lists the nodes that stay in float, by name.
+    `scheme` is one of `u8s8`, `s8s8`, `u8s8_reduced` (ONNX) or `static_int8`, `dynamic_int8`, `fp16` (TFLite); `float_ops` lists the nodes
+    that stay in float, by name; `op_rules` maps kinds of operators to a scheme or `float` (TFLite).
     """
 
     scheme: str

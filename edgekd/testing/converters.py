@@ -59,7 +59,7 @@ class ConverterContract:
         assert made.record.format.value == converter.target
         assert made.record.opset > 0 or made.record.format is not Format.ONNX
         assert made.record.producers
-        assert set(made.record.files) == {path.name for path in folder.iterdir()}
+        assert set(made.record.files) == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
     def test_convert_keeps_the_names_of_inputs(self, converter: Converter, folder: Path) -> None:
         request = self.request(folder)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = "edgekd"
 FOLDERS = ("targets", "converters", "profiles")
 RUNNERS = sorted((ROOT / "targets").glob("runner*.py"))
+WORKERS = tuple(path for path in sorted((ROOT / "converters" / "workers").glob("*.py")) if path.name != "__init__.py")
 MAY_IMPORT_BY_TEXT = {ROOT / "edgekd" / "registry.py", ROOT / "edgekd" / "__init__.py"}
 PLUG_IN_MODULE = re.compile(r"^edgekd\.(targets|converters)\.[\w.:]+$")
 FORBIDDEN_MODULES = ("targets", "converters", "profiles", "tests", "edgekd.edgekd", "edgekd.tests")
@@ -70,6 +71,8 @@ def broken_arrows(path: Path, text: str) -> list[str]:
             broken.append(f"{module} imports {name}: pytest is for the suites of edgekd.testing, and those are for tests")
         if name.startswith("edgekd.targets.runner"):
             broken.append(f"{module} imports the program that runs on devices")
+        if name.startswith("edgekd.converters.workers"):
+            broken.append(f"{module} imports a program that runs in an environment of its own")
     if path not in MAY_IMPORT_BY_TEXT:
         broken += [f"{module} imports by text: {ast.unparse(node)}" for node in ast.walk(tree) if plug_in_by_text(node)]
         broken += [f"{module} names a plug-in module in a text: {text}" for text in texts(tree) if PLUG_IN_MODULE.match(text)]
@@ -164,6 +167,14 @@ def test_the_runner_imports_the_standard_library_only(path: Path) -> None:
     assert not {name for name in imported(tree, "runner", False) if name.partition(".")[0] in (CORE, *FOLDERS)}
 
 
+@pytest.mark.parametrize("path", WORKERS, ids=lambda path: path.name)
+def test_a_worker_imports_nothing_of_edgekd_and_its_environment_only_late(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+    top_level = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    assert {name.partition(".")[0] for name in imported(top_level, path.stem, False) if name} <= set(sys.stdlib_module_names) | {"numpy"}
+    assert not {name for name in imported(tree, path.stem, False) if name.partition(".")[0] in (CORE, *FOLDERS)}
+
+
 def test_every_package_folder_has_its_row_in_setup_cfg() -> None:
     parser = configparser.ConfigParser(interpolation=None)
     parser.read(ROOT / "setup.cfg", encoding="utf-8")
@@ -178,7 +189,7 @@ def test_every_package_folder_has_its_row_in_setup_cfg() -> None:
 
 def test_no_module_is_ever_imported_under_a_second_name() -> None:
     """Every module of the package is imported in one process; then none of the forbidden names is there."""
-    names = [module_of(path) for path in every_source() if path not in RUNNERS and path.name != "__main__.py"]
+    names = [module_of(path) for path in every_source() if path not in (*RUNNERS, *WORKERS) and path.name != "__main__.py"]
     code = (
         "import importlib, sys\n"
         f"for name in {names!r}:\n"

@@ -1,0 +1,54 @@
+"""A TFLite file made ready for quantization: every tensor has a name of its own, and the metadata says what to observe."""
+
+from __future__ import annotations
+
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import ConvertRequest
+from edgekd.errors import ConfigError, ConversionRejected, ModelError
+from edgekd.records import Format, Precision
+from edgekd.tflite_artifact import read_notes, store_tflite
+from edgekd.tflite_io import ensure_signature, load_model, unique_tensor_names
+
+
+class PrepareTflite:
+    """Gives tensors names of their own and the file a signature; changes no numbers.
+
+    Metadata: `tensors` and `ops` are JSON: what calibration observes (elements per sample, -1 unknown) and which operators can stay
+    in float (`[name, operator]`; an operator is called by its first output tensor); `renamed_tensors` counts the new names.
+    """
+
+    name = "prepare-tflite"
+    source = "tflite"
+    target = "tflite"
+    precisions: tuple[Precision, ...] = (Precision.FP32,)
+
+    def convert(self, request: ConvertRequest) -> StoredArtifact:
+        """The prepared file in `request.folder`; a source that is prepared already is copied there.
+
+        Raises:
+            ConversionRejected: the model is not float32.
+            ConfigError: an option. ModelError: the source is no TFLite artifact. MissingDependency: ai-edge-litert is not installed.
+        """
+        if request.options:
+            raise ConfigError(f"prepare-tflite has no option {min(request.options)!r}", allowed="(none)", subject=min(request.options))
+        source = request.source
+        if not isinstance(source, StoredArtifact) or source.record.format is not Format.TFLITE:
+            raise ModelError("the quantizer takes a TFLite artifact", found=type(source).__name__, subject=self.name)
+        if source.record.precision is not Precision.FP32:
+            raise ConversionRejected("only a float32 model can be quantized", found=source.record.precision.value, allowed="fp32", subject=self.name)
+        model = load_model(source.entry)
+        signed, renamed = ensure_signature(model), unique_tensor_names(model)
+        if not signed and not renamed and {"tensors", "ops"} <= set(source.record.metadata):
+            return source.copy_to(request.folder)
+        kept = {key: value for key, value in read_notes(model).items() if isinstance(value, str)}
+        return store_tflite(
+            model,
+            request.folder,
+            precision=Precision.FP32,
+            like=source.record.iospec,
+            converter=self.name,
+            producers=source.record.producers,
+            parent=source.record.content_hash(),
+            metadata={"renamed_tensors": str(renamed)},
+            notes={key: value for key, value in kept.items() if key not in ("precision", "parent", "recipe")},
+        )

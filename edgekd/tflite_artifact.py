@@ -1,0 +1,211 @@
+"""TFLite models as artifacts: stored with what is known about them, taken in from a user's file, and annotated."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.artifact import StoredArtifact, store_artifact
+from edgekd.contracts import Array, Tensors
+from edgekd.errors import DataError, ModelError
+from edgekd.records import Format, IOSpec, Precision
+from edgekd.storage import write_atomic
+from edgekd.tflite_io import (
+    TfliteGraph,
+    depth_of,
+    ensure_signature,
+    iospec_of,
+    layout_ops,
+    load_model,
+    op_counts,
+    pack_model,
+    parse_model,
+    precision_of,
+    read_graph,
+    read_metadata,
+    set_metadata,
+    unique_tensor_names,
+)
+
+ENTRY = "model.tflite"
+"""The file of a TFLite artifact."""
+
+NOTES = "edgekd"
+"""The metadata entry of a file that holds edgekd's JSON."""
+
+COMPUTING = frozenset({
+    "ADD", "AVERAGE_POOL_2D", "BATCH_MATMUL", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "DIV", "FULLY_CONNECTED", "GELU", "HARD_SWISH",
+    "LOGISTIC", "MEAN", "MUL", "RESIZE_BILINEAR", "RSQRT", "SOFTMAX", "SQRT", "SQUARED_DIFFERENCE", "SUB", "SUM", "TANH", "TRANSPOSE_CONV",
+})  # fmt: skip
+"""Operators that lose accuracy of their own in int8; the others move values."""
+
+
+def store_tflite(
+    model: Any,
+    folder: Path,
+    *,
+    precision: Precision,
+    like: IOSpec,
+    converter: str,
+    producers: Mapping[str, str],
+    parent: str = "",
+    recipe: str = "",
+    metadata: Mapping[str, str] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> StoredArtifact:
+    """The artifact `model.tflite` in `folder`, written whole. Layouts, value ranges and normalization are taken from `like`.
+
+    The file itself carries, as metadata entry `edgekd`, JSON with its inputs and outputs, the hash of its parent and `notes`.
+    The artifact's metadata says: `op_counts` (JSON), `layout_ops`, `depth`, `tensors` (JSON: elements per sample of what
+    calibration observes), `ops` (JSON: `[name, operator]` of what can stay in float), `tensor_names` (JSON: input or output to
+    the tensor that it is in the file) and `signature`; `tensors` and `ops` for fp32 only.
+
+    Raises:
+        StorageError: the disk is full or the folder is not writable.
+    """
+    graph = read_graph(model)
+    iospec = iospec_of(graph, like)
+    told = {"iospec": iospec.to_builtins(), "precision": precision.value, "parent": parent, "recipe": recipe, **(notes or {})}
+    set_metadata(model, {NOTES: json.dumps(told, sort_keys=True, separators=(",", ":")).encode()})
+    data = pack_model(model)
+    parse_model(data)
+    write_atomic(folder / ENTRY, data)
+    counts = op_counts(model)
+    return store_artifact(
+        folder,
+        ENTRY,
+        format=Format.TFLITE,
+        precision=precision,
+        iospec=iospec,
+        opset=int(model.version),
+        producers=producers,
+        parent=parent,
+        recipe=recipe,
+        metadata={
+            "converter": converter,
+            "op_counts": json.dumps(counts),
+            "op_total": str(sum(counts.values())),
+            "layout_ops": str(layout_ops(counts)),
+            "layouts": json.dumps({tensor.name: tensor.layout for tensor in (*iospec.inputs, *iospec.outputs) if tensor.layout}),
+            "depth": str(depth_of(graph)),
+            "signature": graph.signature,
+            "tensor_names": json.dumps(
+                {
+                    "inputs": {name: tensor.name for name, tensor in graph.inputs.items()},
+                    "outputs": {name: tensor.name for name, tensor in graph.outputs.items()},
+                }
+            ),
+            **(quantizable(graph) if precision is Precision.FP32 else {}),
+            **(metadata or {}),
+        },
+    )
+
+
+def quantizable(graph: TfliteGraph) -> dict[str, str]:
+    """What a quantizer is told of a float graph, as metadata: `tensors` and `ops`."""
+    floats = {tensor.index for tensor in graph.activations()}
+    ops = [[op.name, op.kind] for op in graph.ops if op.kind in COMPUTING and op.outputs and op.outputs[0].index in floats]
+    return {
+        "tensors": json.dumps({tensor.name: abs(math.prod(tensor.shape)) if -1 not in tensor.shape else -1 for tensor in graph.activations()}),
+        "ops": json.dumps(ops),
+    }
+
+
+def import_tflite(path: Path, folder: Path, *, like: IOSpec | None = None) -> StoredArtifact:
+    """A user's TFLite file as an artifact `model.tflite` in `folder`; tensors get names of their own, numbers stay.
+
+    Notes that edgekd wrote into the file (layout, value ranges, normalization) are used unless `like` is given.
+
+    Raises:
+        ModelError: the file is missing, cut off, no TFLite model, or has a dynamic axis.
+    """
+    model = load_model(path)
+    renamed = unique_tensor_names(model)
+    ensure_signature(model)
+    graph = read_graph(model)
+    noted = read_notes(model)
+    if like is None and "iospec" in noted:
+        like = IOSpec.from_json(json.dumps(noted["iospec"]), source=f"the notes in {path}")
+    spec = iospec_of(graph, like)
+    for tensor in spec.inputs:
+        tensor.sizes({})
+    return store_tflite(
+        model,
+        folder,
+        precision=precision_of(graph),
+        like=spec,
+        converter="import",
+        producers={"unknown": "unknown"},
+        metadata={"renamed_tensors": str(renamed)},
+        notes={key: value for key, value in noted.items() if key not in ("iospec", "precision", "parent", "recipe")},
+    )
+
+
+def read_notes(model: Any) -> dict[str, Any]:
+    """What edgekd wrote into a file, or nothing.
+
+    Raises:
+        ModelError: the entry holds no JSON.
+    """
+    data = read_metadata(model).get(NOTES, b"{}")
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise ModelError("the notes in the TFLite file are no JSON", found=str(error), hint="convert it again", subject=NOTES) from error
+    return found if isinstance(found, dict) else {}
+
+
+def annotate_tflite(source: StoredArtifact, folder: Path, notes: Mapping[str, str]) -> StoredArtifact:
+    """The artifact in another folder with `notes` (labels, normalization, hashes) added to edgekd's JSON inside the file.
+
+    Operators, weights and metadata are as before; the parent is the source.
+
+    Raises:
+        ModelError: the source is no TFLite file.
+    """
+    model = load_model(source.entry)
+    told = {**read_notes(model), **notes}
+    set_metadata(model, {NOTES: json.dumps(told, sort_keys=True, separators=(",", ":")).encode()})
+    write_atomic(folder / ENTRY, pack_model(model))
+    record = source.record
+    return store_artifact(
+        folder,
+        ENTRY,
+        format=record.format,
+        precision=record.precision,
+        iospec=record.iospec,
+        opset=record.opset,
+        producers=record.producers,
+        parent=record.content_hash(),
+        recipe=record.recipe,
+        metadata=record.metadata,
+    )
+
+
+def fit_layouts(arrays: Tensors, found: IOSpec, wanted: IOSpec) -> dict[str, Array]:
+    """Inputs or outputs that are laid out as in `found`, laid out as in `wanted`: NCHW to NHWC and back, by name.
+
+    A tensor without a layout on one of the two sides is left as it is.
+
+    Raises:
+        DataError: the two layouts differ in another way.
+    """
+    here = {tensor.name: tensor.layout for tensor in (*found.inputs, *found.outputs)}
+    there = {tensor.name: tensor.layout for tensor in (*wanted.inputs, *wanted.outputs)}
+    fitted = {}
+    for name, array in arrays.items():
+        pair = (here.get(name, ""), there.get(name, ""))
+        if not all(pair) or pair[0] == pair[1]:
+            fitted[name] = array
+        elif pair == ("NCHW", "NHWC"):
+            fitted[name] = np.ascontiguousarray(np.moveaxis(array, 1, -1))
+        elif pair == ("NHWC", "NCHW"):
+            fitted[name] = np.ascontiguousarray(np.moveaxis(array, -1, 1))
+        else:
+            raise DataError(f"the layout of {name!r} cannot be changed", found=pair[0], allowed=f"{pair[1]} from NCHW or NHWC", subject=name)
+    return fitted
