@@ -12,7 +12,7 @@ PACKAGES = ("ai_edge_litert", "tflite_runtime")
 
 PER_CHANNEL_HYBRID = "per-channel int8 weights with float inputs"
 
-KNOWN_BAD = (
+KNOWN_BAD: tuple[dict[str, Any], ...] = (
     {
         "package": "tflite_runtime", "below": (2, 15), "operator": "FULLY_CONNECTED", "kind": PER_CHANNEL_HYBRID,
         "reason": "it ignores the scales of the channels and gives wrong numbers without an error (2.14.0 gives zeros)",
@@ -141,10 +141,8 @@ def real_numbers(array: Any, tensor: dict[str, Any]) -> Any:
 def kinds_of(op: dict[str, Any], tensors: dict[int, Any]) -> set[str]:
     """What is known to go wrong of the kinds in which an operator computes."""
     used = [tensors[index] for index in op["inputs"][:2] if index in tensors]
-    if len(used) == 2 and used[0]["dtype"].__name__ == "float32" and used[1]["dtype"].__name__ == "int8":
-        if len(used[1]["quantization_parameters"]["scales"]) > 1:
-            return {PER_CHANNEL_HYBRID}
-    return set()
+    hybrid = len(used) == 2 and [item["dtype"].__name__ for item in used] == ["float32", "int8"]
+    return {PER_CHANNEL_HYBRID} if hybrid and len(used[1]["quantization_parameters"]["scales"]) > 1 else set()
 
 
 def partitions(ops: list[dict[str, Any]]) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def hand_made(tensors: Sequence[HandTensor], ops: Sequence[HandOp], inputs: Sequ
         MissingDependency: ai-edge-litert, which brings the classes of the file format, is not installed.
     """
     try:
-        import flatbuffers  # type: ignore[import-untyped]
-        from ai_edge_litert import schema_py_generated as schema  # type: ignore[import-untyped]
+        import flatbuffers
+        from ai_edge_litert import schema_py_generated as schema
     except ImportError as error:
         raise MissingDependency("ai-edge-litert", "litert", purpose="making a TFLite file") from error
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edgekd import registry
-from edgekd.artifact import StoredArtifact
+from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Runtime, Transport
 from edgekd.errors import DeviceError, ModelError, ProfileError, UnsupportedModel
 from edgekd.profile_file import load_profile
@@ -137,7 +137,7 @@ def test_quantized_outputs_come_as_real_numbers(litert: Runtime, tmp_path: Path)
 
 
 def test_a_tap_that_resembles_a_tensor_is_answered_with_its_name(litert: Runtime, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="mixde.*mixed"):
+    with pytest.raises(ModelError, match=r"mixde.*mixed"):
         litert.infer(two_headed_tflite(tmp_path), two_inputs(1), taps=["mixde"])
 
 
@@ -171,8 +171,6 @@ def test_supports_refuses_other_formats_and_other_names(litert: Runtime, tmp_pat
     assert not report.supported
     assert set(report.missing) == {"image", "x"}
     record = two_headed_tflite(tmp_path / "other").record
-    from edgekd.artifact import store_artifact
-
     other = store_artifact(tmp_path / "other", record.entry, format=Format.ONNX, precision=Precision.FP32, iospec=record.iospec)
     assert litert.supports(other).missing == {"format": "onnx, this runtime takes tflite"}
 
