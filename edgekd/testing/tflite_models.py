@@ -62,8 +62,8 @@ def hand_made(tensors: Sequence[HandTensor], ops: Sequence[HandOp], inputs: Sequ
         MissingDependency: ai-edge-litert, which brings the classes of the file format, is not installed.
     """
     try:
-        import flatbuffers
         from ai_edge_litert import schema_py_generated as schema
+        from ai_edge_litert.tools import flatbuffer_utils
     except ImportError as error:
         raise MissingDependency("ai-edge-litert", "litert", purpose="making a TFLite file") from error
 
@@ -110,9 +110,7 @@ def hand_made(tensors: Sequence[HandTensor], ops: Sequence[HandOp], inputs: Sequ
                 entry.name, entry.tensorIndex = name.encode(), index[name]
                 entries.append(entry)
             setattr(model.signatureDefs[0], kind, entries)
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
 def store_hand_made(folder: Path, data: bytes, iospec: IOSpec, *, precision: Precision = Precision.FP32) -> StoredArtifact:

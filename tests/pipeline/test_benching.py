@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from edgekd.benching import bench, load_inputs, random_inputs, summarize
-from edgekd.errors import DataError, InputError, ModelError, UnsupportedModel
-from edgekd.records import Grade, IOSpec, Precision, TensorSpec
+from edgekd.errors import DataError, InputError, ModelError
+from edgekd.records import Grade, IOSpec, TensorSpec
 from edgekd.target import connect
 from tests.pipeline.bundle_kit import home, save_net
 
@@ -146,37 +146,3 @@ def test_random_inputs_are_seeded_and_bind_symbols_to_one() -> None:
     assert np.array_equal(first["a"], again["a"])
     assert not np.array_equal(first["a"], other["a"])
     assert (first["ids"] == 0).all()
-
-
-# ------------------------------------------------------------------------------------------ TFLite
-
-
-def test_bench_takes_a_tflite_file_as_it_is_and_says_what_the_runtime_says(tmp_path: Path) -> None:
-    pytest.importorskip("ai_edge_litert")
-    from edgekd.testing.tflite_models import two_headed_tflite
-
-    model = two_headed_tflite(tmp_path)
-    with connect("litert-local", overrides=[f"transport.workdir={tmp_path / 'device'}", f"runtime.options.lock={tmp_path / 'lock'}"]) as live:
-        result = bench(model.entry, target=live)
-    assert [(item.name, item.shape) for item in result.iospec.inputs] == [("a", (1, 4)), ("b", (1, 2))]
-    assert result.precision is Precision.FP32
-    assert result.note.startswith("XNNPACK runs all 5 operators")
-    assert result.op_times == ()
-    launches = (*result.measurement.launches, *result.measurement.rejected)
-    assert launches
-    assert all(launch.samples_ns for launch in launches)
-
-
-def test_bench_refuses_a_tflite_file_on_a_target_for_onnx_and_files_that_are_none(tmp_path: Path) -> None:
-    pytest.importorskip("ai_edge_litert")
-    from edgekd.testing.tflite_models import two_headed_tflite
-
-    model = two_headed_tflite(tmp_path / "whole")
-    (tmp_path / "cut.tflite").write_bytes(model.entry.read_bytes()[:300])
-    (tmp_path / "text.tflite").write_text("no model")
-    with connect("null") as live:
-        with pytest.raises(UnsupportedModel, match="takes onnx"):
-            bench(model.entry, target=live)
-        for name in ("cut", "text"):
-            with pytest.raises(ModelError, match=name):
-                bench(tmp_path / f"{name}.tflite", target=live)
