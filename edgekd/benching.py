@@ -12,21 +12,26 @@ from edgekd.contracts import Array, Target
 from edgekd.errors import InputError, UnsupportedModel
 from edgekd.launching import new_nonce
 from edgekd.measure import Subject, calibrate_limits, measure_verdict, screen
+from edgekd.model_file import import_model
 from edgekd.npy import load_inputs
-from edgekd.onnx_io import import_onnx
-from edgekd.records import Capabilities, IOSpec, Measurement, OpTime
+from edgekd.records import Capabilities, IOSpec, Measurement, OpTime, Precision
 from edgekd.stats import percentile_of
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """`summary` holds milliseconds: `p50`, `p90`, `p99` of all valid samples, `init` and `first` as medians over launches."""
+    """`summary` holds milliseconds: `p50`, `p90`, `p99` of all valid samples, `init` and `first` as medians over launches.
+
+    `note` is what the runtime says of the model, for example which operators its delegate leaves out.
+    """
 
     measurement: Measurement
     summary: dict[str, float]
     op_times: tuple[OpTime, ...]
     iospec: IOSpec
     capabilities: Capabilities
+    precision: Precision
+    note: str = ""
 
 
 def random_inputs(iospec: IOSpec, *, samples: int, seed: int) -> dict[str, Array]:
@@ -62,7 +67,7 @@ def bench(
     if not 0.0 < percentile < 100.0:
         raise InputError("the percentile is out of range", found=percentile, allowed="above 0 and below 100", hint="use 50 for the median, 90 for p90")
     with tempfile.TemporaryDirectory(prefix="edgekd-bench-") as name:
-        artifact = import_onnx(Path(model), Path(name))
+        artifact = import_model(Path(model), Path(name))
         iospec = artifact.record.iospec
         rotation = target.profile.measure.verdict.launch.rotation
         samples = random_inputs(iospec, samples=rotation, seed=seed) if inputs is None else load_inputs(Path(inputs), iospec)
@@ -80,7 +85,7 @@ def bench(
         else:
             measurement = screen(target, [subject], percentile=percentile, limits=limits, seed=seed, nonce=nonce)[subject.label].measurement
         op_times = target.runtime.op_times(artifact, subject.inputs) if target.capabilities.op_times else ()
-        return BenchResult(measurement, summarize(measurement, percentile), op_times, iospec, target.capabilities)
+        return BenchResult(measurement, summarize(measurement, percentile), op_times, iospec, target.capabilities, artifact.record.precision, support.note)
 
 
 def summarize(measurement: Measurement, percentile: float = 50.0) -> dict[str, float]:

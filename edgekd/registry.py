@@ -21,6 +21,7 @@ _SHIPPED: Mapping[str, Mapping[str, str]] = {
     "transports": {"local": "edgekd.targets.transports.local:LocalTransport"},
     "runtimes": {
         "onnxruntime": "edgekd.targets.runtimes.onnxruntime:OnnxRuntime",
+        "litert": "edgekd.targets.runtimes.litert:LiteRt",
         "null": "edgekd.targets.runtimes.null:NullRuntime",
     },
     "converters": {

@@ -182,12 +182,12 @@ def snapshot(since: tuple[int, int] | None = None) -> dict[str, Any]:
 
 def fingerprint(job: dict[str, Any]) -> dict[str, str]:
     """What the device is, as texts."""
-    cpuinfo, memory = read_text("/proc/cpuinfo"), memory_bytes(read_text("/proc/meminfo"), "MemTotal")
+    cpuinfo, memory, backend = read_text("/proc/cpuinfo"), memory_bytes(read_text("/proc/meminfo"), "MemTotal"), open_backend(job)
     return {
         "cpu_model": cpu_model(cpuinfo), "isa": isa_text(cpuinfo), "cores": str(os.cpu_count() or 0), "machine": platform.machine(),
         "ram_mb": "unknown" if memory is None else f"{memory / 1e6:.0f}", "os": os_name(read_text("/etc/os-release")), "kernel": platform.release(),
-        "python": platform.python_version(), "runtime": job["backend"], "runtime_version": open_backend(job).version,
-        "threads": str(job["threads"]),
+        "python": platform.python_version(), "runtime": job["backend"], "runtime_version": backend.version,
+        "threads": str(job["threads"]), **getattr(backend, "about", {}),
     }  # fmt: skip
 
 
@@ -209,7 +209,8 @@ def open_backend(job: dict[str, Any]) -> Any:
     Making it raises `ImportError` where the device lacks a package and gives `version` and `errors`, the exceptions of the runtime.
     `load(model, profile_prefix=None)` creates a session; then there are `inputs` (name, shape), `outputs` (names) and `run(names, feed)`,
     where no names mean all outputs. `op_table(runs)` gives the times per node of a session with a prefix, `failing_operator(message)`
-    the operator that made the runtime refuse a model, or an empty text.
+    the operator that made the runtime refuse a model, or an empty text. There may be `about`, more fields of the fingerprint, and after
+    `load` `facts`, what else the runtime tells of the model.
     """
     try:
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"runner_{job['backend']}.py")
@@ -428,7 +429,7 @@ def run_op_times(job: dict[str, Any], folder: str) -> bool:
 def run_check(job: dict[str, Any], folder: str) -> bool:
     """Create a session, as the only sure answer to whether the runtime takes the model."""
     backend = load_model(open_backend(job), job["model"])
-    emit("check", inputs=[name for name, _ in backend.inputs], outputs=backend.outputs)
+    emit("check", inputs=[name for name, _ in backend.inputs], outputs=backend.outputs, facts=getattr(backend, "facts", {}))
     return True
 
 

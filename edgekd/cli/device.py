@@ -186,7 +186,7 @@ def bench(
     ops: int,
     as_json: bool,
 ) -> int:
-    """Measure the latency of MODEL (.onnx) on a target. Exits 2 when the measurement is not valid."""
+    """Measure the latency of MODEL (.onnx or .tflite) on a target. Exits 2 when the measurement is not valid."""
     from edgekd.benching import bench as run_bench
     from edgekd.errors import EXIT_PASS, EXIT_REFUSE
     from edgekd.target import connect
@@ -203,7 +203,6 @@ def bench(
 
 
 def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> None:
-    from edgekd.onnx_io import load_model, precision_of
     from edgekd.report.words import ms_text
     from edgekd.stats import min_samples
 
@@ -234,7 +233,7 @@ def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> Non
             ("device", fields.get("cpu_model", fields.get("device", "unknown"))),
             ("runtime", f"{fields.get('runtime', '?')} {fields.get('runtime_version', '')}".strip()),
             ("threads", fields.get("threads", "?")),
-            ("precision", precision_of(load_model(model)).value),
+            ("precision", result.precision.value),
             ("inputs", inputs),
             ("grade", f"{taken.grade.value}, {taken.mode}"),
             ("launches", f"{len(taken.launches)} valid, {len(taken.rejected)} rejected, each a fresh process; {samples} inferences"),
@@ -245,6 +244,8 @@ def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> Non
             ("artifact", taken.artifact[:16]),
         ],
     )
+    if result.note:
+        click.echo(result.note)
     for rejected in taken.rejected:
         click.echo(f"launch {rejected.index} rejected: {rejected.invalid}")
     slowest = sorted(result.op_times, key=lambda item: -item.time_ns)[: max(0, ops)]

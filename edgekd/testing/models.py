@@ -27,6 +27,11 @@ def two_headed_outputs(inputs: Tensors) -> dict[str, Array]:
     return {"mixed": mixed, "heads.gate": np.maximum(mixed, 0.0), "heads.total": mixed.sum(axis=1)}
 
 
+def two_headed_weights() -> tuple[Array, Array]:
+    """The weights `(4, 3)` and `(2, 3)`, float32, by which `two_headed` multiplies `a` and `b`."""
+    return _WEIGHT_A.copy(), _WEIGHT_B.copy()
+
+
 def two_headed(folder: Path, batch: int | str = "batch") -> StoredArtifact:
     """An ONNX model in `folder` with two inputs and two outputs named by key path; its IOSpec lists the outputs in another order than the file.
 

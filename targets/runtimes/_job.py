@@ -57,10 +57,11 @@ class RunnerJobs:
     Models lie in `models/<hash>` and are sent once; the files of a job lie in `work/<job>` and are removed with it.
     """
 
-    def __init__(self, profile: Profile, transport: Transport, backend: str) -> None:
+    def __init__(self, profile: Profile, transport: Transport, backend: str, package: str = "") -> None:
         self.profile = profile
         self.transport = transport
         self.backend = backend
+        self.package = package or backend
         self._runner = ""
         self._sent: set[str] = set()
 
@@ -172,7 +173,7 @@ class RunnerJobs:
             return DeviceError(
                 f"the device lacks what the runtime {self.backend} needs",
                 found=line["message"],
-                hint=f"on the device: {line['python']} -m pip install {self.backend} numpy",
+                hint=f"on the device: {line['python']} -m pip install {self.package} numpy",
                 subject=self.backend,
             )
         where = f" in launch {line['index']} of {line['label']!r}" if "index" in line else ""

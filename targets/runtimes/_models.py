@@ -1,4 +1,4 @@
-"""What the runtimes for ONNX refuse alike, with the same words: models of other formats, inputs that do not fit, schedules and taps of unknown names."""
+"""What the runtimes refuse alike, with the same words: models of other formats, inputs that do not fit, schedules and taps of unknown names."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "
 _NO_TEXTS = "keep texts and objects outside the model"
 
 
-def refused_record(record: Artifact) -> SupportReport | None:
-    """The refusal of a model that is no ONNX, or whose tensors hold no numbers; `None` if its record is all right."""
-    if record.format is not Format.ONNX:
-        return SupportReport(supported=False, missing={"format": f"{record.format.value}, this runtime takes onnx"})
+def refused_record(record: Artifact, wanted: Format = Format.ONNX) -> SupportReport | None:
+    """The refusal of a model of another format than `wanted`, or whose tensors hold no numbers; `None` if its record is all right."""
+    if record.format is not wanted:
+        return SupportReport(supported=False, missing={"format": f"{record.format.value}, this runtime takes {wanted.value}"})
     strange = {item.name: f"dtype {item.dtype}" for item in (*record.iospec.inputs, *record.iospec.outputs) if item.dtype not in _DTYPES}
     return SupportReport(supported=False, missing=strange, note=_NO_TEXTS) if strange else None
 

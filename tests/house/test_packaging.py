@@ -211,7 +211,8 @@ def test_the_installed_doctor_says_what_is_missing_and_the_line_that_helps(clean
         "assert missing == {'onnx', 'onnxruntime'}, missing\n"
         "assert extras['x86'].remedy.endswith('-m pip install \"edgekd[x86]\"'), extras['x86'].remedy\n"
         "for row in found.targets:\n"
-        "    assert row.tried and not row.ready and 'edgekd[x86]' in row.remedy, row\n"
+        "    extra = 'litert' if row.runtime == 'litert' else 'x86'\n"
+        "    assert row.tried and not row.ready and f'edgekd[{extra}]' in row.remedy, row\n"
     )
     run([str(clean / "python"), "-c", code], tmp_path)
 

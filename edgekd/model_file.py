@@ -1,0 +1,43 @@
+"""A user's model file taken in by what it is, ONNX or TFLite, so that commands take either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekd.artifact import StoredArtifact
+from edgekd.errors import ModelError
+from edgekd.records import Format
+
+
+def format_of(path: Path) -> Format:
+    """The format of a model file: TFLite by its identifier in bytes 4 to 8, else by its ending; ONNX has no identifier.
+
+    Raises:
+        ModelError: the file is missing, or called `.tflite` without being one.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(8)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read", found=error.strerror, hint="check the path", subject=path) from error
+    if head[4:8] == b"TFL3":
+        return Format.TFLITE
+    if path.suffix == ".tflite":
+        raise ModelError(f"{path} is no TFLite model", found="no identifier TFL3 in bytes 4 to 8", hint="convert it again", subject=path)
+    return Format.ONNX
+
+
+def import_model(path: Path, folder: Path) -> StoredArtifact:
+    """The file as an artifact in `folder`, checked; an open first axis is bound to 1.
+
+    Raises:
+        ModelError: the file is no model, or has another axis without a size.
+        MissingDependency: the package that reads this format is missing.
+    """
+    if format_of(path) is Format.TFLITE:
+        from edgekd.tflite_import import take_tflite
+
+        return take_tflite(path, folder)
+    from edgekd.onnx_io import import_onnx
+
+    return import_onnx(path, folder)

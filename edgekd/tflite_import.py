@@ -1,0 +1,47 @@
+"""A user's TFLite file as it is: what is measured are the bytes that the user has, with nothing renamed or packed anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from edgekd.artifact import StoredArtifact, store_artifact
+from edgekd.records import Format, IOSpec, TensorSpec
+from edgekd.storage import copy_file
+from edgekd.tflite_io import depth_of, iospec_of, load_model, precision_of, read_graph
+
+_ENTRY = "model.tflite"
+_BATCH = "batch"
+
+
+def take_tflite(path: Path, folder: Path) -> StoredArtifact:
+    """The file as an artifact `model.tflite` in `folder`, byte for byte; an open first axis counts as 1, which it is in the file.
+
+    Inputs and outputs go by the names in the first signature, or by those of the tensors where there is none.
+
+    Raises:
+        ModelError: the file is missing, cut off or no TFLite model, two of its inputs or outputs share a name, or another axis is open.
+        MissingDependency: ai-edge-litert, which reads TFLite files, is not installed.
+    """
+    model = load_model(path)
+    graph = read_graph(model)
+    found = iospec_of(graph)
+    spec = IOSpec(inputs=tuple(map(_one_sample, found.inputs)), outputs=tuple(map(_one_sample, found.outputs)))
+    for tensor in spec.inputs:
+        tensor.sizes({})
+    copy_file(path, folder / _ENTRY)
+    return store_artifact(
+        folder,
+        _ENTRY,
+        format=Format.TFLITE,
+        precision=precision_of(graph),
+        iospec=spec,
+        opset=int(model.version),
+        producers={"unknown": "unknown"},
+        metadata={"depth": str(depth_of(graph)), "signature": graph.signature},
+    )
+
+
+def _one_sample(tensor: TensorSpec) -> TensorSpec:
+    return msgspec.structs.replace(tensor, shape=tuple(1 if axis == _BATCH and not at else axis for at, axis in enumerate(tensor.shape)))
