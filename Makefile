@@ -3,8 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-EXTRAS := x86,distill,demo,dev
+EXTRAS := x86,litert,distill,demo,dev
 STAMP := $(VENV)/.edgekd-installed
+CONVERTERS := $(VENV)/.edgekd-converters-installed
+INSTALL = $(if $(UV),$(VENV)/bin/uv pip install --quiet --python $(RUN) --torch-backend=cpu -c constraints.txt setuptools,\
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 "setuptools>=77")
 CHECKED := edgekd targets converters profiles tests benchmarks examples
 
 # Where `make test-converters` keeps the environments of converters: made once, 5.6 GB, about six minutes.
@@ -18,12 +21,12 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "edgekd needs Python 3.11 or newer, this is %s; next step: make PYTHON=python3.11" % sys.version.split()[0])'
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV) && \
-	if [ -n "$(UV)" ]; then \
-		$(RUN) -m pip install --quiet --disable-pip-version-check uv && \
-		$(VENV)/bin/uv pip install --quiet --python $(RUN) --torch-backend=cpu -c constraints.txt setuptools -e ".[$(EXTRAS)]"; \
-	else \
-		$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 "setuptools>=77" -e ".[$(EXTRAS)]"; \
-	fi && touch $@ && echo "environment: $$(( $$(date +%s) - start )) s"
+	if [ -n "$(UV)" ]; then $(RUN) -m pip install --quiet --disable-pip-version-check uv; fi && \
+	$(INSTALL) -e ".[$(EXTRAS)]" && touch $@ && echo "environment: $$(( $$(date +%s) - start )) s"
+
+$(CONVERTERS): $(STAMP)
+	$(INSTALL) -e ".[$(EXTRAS),android]"
+	touch $@
 
 demo: $(STAMP)
 	$(VENV)/bin/edgekd demo --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -31,8 +34,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# Makes the environments that are missing; a skipped test fails.
-test-converters: $(STAMP)
+# Adds the converters to TFLite to .venv and makes the environments that are missing; a skipped test fails.
+test-converters: $(CONVERTERS)
 	$(VENV)/bin/edgekd env create onnx2tf --path $(ENVIRONMENTS)
 	$(VENV)/bin/edgekd env create onnx-tf --path $(ENVIRONMENTS)
 	$(VENV)/bin/edgekd env create tensorflow --path $(ENVIRONMENTS)

@@ -85,7 +85,7 @@ def interpreter(model: StoredArtifact, *, taps: bool = False) -> Any:
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
-        raise MissingDependency("ai-edge-litert", "android", purpose="running a TFLite model") from error
+        raise MissingDependency("ai-edge-litert", "litert", purpose="running a TFLite model") from error
     with quiet() as noise:
         try:
             made = Interpreter(model_path=str(model.entry), num_threads=1, experimental_preserve_all_tensors=taps)

@@ -85,7 +85,7 @@ def require_schema(purpose: str) -> tuple[Any, Any]:
         from ai_edge_litert import schema_py_generated as schema
         from ai_edge_litert.tools import flatbuffer_utils
     except ImportError as error:
-        raise MissingDependency("ai-edge-litert", "android", purpose=purpose) from error
+        raise MissingDependency("ai-edge-litert", "litert", purpose=purpose) from error
     return schema, flatbuffer_utils
 
 

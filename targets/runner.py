@@ -153,7 +153,7 @@ def sentinel_ns(window_s: float = 0.15) -> int:
 
     The kernel is a power modulo a prime: one loop of C over 70 bytes. Python's own loops differ by a tenth from process to process, with their addresses.
     """
-    times = []
+    times: list[int] = []
     end = time.perf_counter_ns() + int(window_s * 1e9)
     while not times or time.perf_counter_ns() < end:
         start = time.perf_counter_ns()

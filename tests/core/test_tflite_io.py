@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ai_edge_litert.schema_py_generated as schema
 import numpy as np
 import pytest
 
@@ -27,8 +28,6 @@ from edgekd.tflite_io import (
     set_metadata,
     unique_tensor_names,
 )
-
-schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="needs ai-edge-litert (extra android)")
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3) / 10
 

@@ -15,7 +15,7 @@ from edgekd.environments import environment_python
 from edgekd.errors import ConversionRejected, ModelError, WorkerFailed
 from edgekd.records import Format, IOSpec, Precision, TensorSpec
 from edgekd.registry import load
-from tests.contracts.converter_contract import ConverterContract
+from edgekd.testing import ConverterContract
 from tests.contracts.tiny_models import ConvNet, exported_convnet, noise
 from tests.environments.environment_kit import Sequence, convert, legacy_onnx, request, signal_to_error_db
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ from edgekd.environments import environment_python
 from edgekd.errors import ConfigError, ConversionRejected, MissingEnvironment, WorkerFailed
 from edgekd.onnx_io import import_onnx
 from edgekd.records import Precision
-from tests.contracts.converter_contract import ConverterContract
+from edgekd.testing import ConverterContract
 from tests.contracts.tiny_models import TwoInputs, UNet, changed, export, exported_convnet, noise
 from tests.environments.environment_kit import Sequence, convert, request, signal_to_error_db
 
@@ -100,7 +101,8 @@ def test_a_converter_that_crashes_is_a_clear_error_and_leaves_nothing(need: Need
 
 
 def test_a_converter_that_takes_too_long_or_too_much_is_ended(need: Need, tmp_path: Path) -> None:
-    for limit, reason in (({"timeout_s": 1}, "timeout"), ({"memory_mb": 100}, "memory")):
+    limits: dict[str, dict[str, Any]] = {"timeout": {"timeout_s": 1}, "memory": {"memory_mb": 100}}
+    for reason, limit in limits.items():
         with pytest.raises(WorkerFailed) as raised:
             convert("tflite-from-onnx", request(exported_convnet(), IMAGE, tmp_path, **need("onnx2tf"), **limit))
         assert raised.value.reason == reason

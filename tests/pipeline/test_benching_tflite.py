@@ -13,8 +13,6 @@ from edgekd.records import Format, Precision
 from edgekd.target import connect
 from edgekd.testing.tflite_models import HandOp, HandTensor, hand_made, two_headed_tflite
 
-pytest.importorskip("ai_edge_litert")
-
 
 def test_bench_takes_a_tflite_file_as_it_is_and_says_what_the_runtime_says(tmp_path: Path) -> None:
     model = two_headed_tflite(tmp_path)

@@ -22,8 +22,6 @@ from edgekd.target import connect
 from edgekd.testing import RuntimeContract, TransportContract, two_headed_outputs, two_inputs
 from edgekd.testing.tflite_models import HandOp, HandTensor, hand_made, store_hand_made, two_headed_tflite
 
-pytest.importorskip("ai_edge_litert")
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

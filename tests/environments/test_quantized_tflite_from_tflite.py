@@ -21,14 +21,12 @@ from edgekd.quantize import make_recipe
 from edgekd.quantize.calibrate import calibration_set, observe
 from edgekd.records import Format, Precision
 from edgekd.registry import load
+from edgekd.testing import ConverterContract
 from edgekd.tflite_io import TfliteGraph, load_model, read_graph
-from tests.contracts.converter_contract import ConverterContract
 from tests.contracts.litert_nets import Borders, Recurrent, Residual, SqueezeExcite, Transformer, convert, images, native, sequences, sqnr_db
 from tests.contracts.tiny_models import ConvNet, noise
 
-pytest.importorskip("ai_edge_quantizer", reason="needs ai-edge-quantizer (extra android)")
-pytest.importorskip("litert_torch", reason="needs litert-torch (extra android)")
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [pytest.mark.torch, pytest.mark.environments]
 
 _litert: Any = importlib.import_module("edgekd.converters._litert")
 quantized_tflite_from_tflite: Any = importlib.import_module("edgekd.converters.quantized_tflite_from_tflite")

@@ -22,14 +22,13 @@ from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError
 from edgekd.records import IOSpec, TensorSpec
 from edgekd.registry import load
+from edgekd.testing import ConverterContract
 from edgekd.tflite_artifact import fit_layouts
 from edgekd.tflite_io import load_model, read_graph
-from tests.contracts.converter_contract import ConverterContract
 from tests.contracts.litert_nets import Borders, Recurrent, Residual, SqueezeExcite, Transformer, convert, images, native, one_by_one, sequences
 from tests.contracts.tiny_models import ConvNet, UNet, noise, spec_of
 
-pytest.importorskip("litert_torch", reason="needs litert-torch (extra android)")
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [pytest.mark.torch, pytest.mark.environments]
 
 _litert: Any = importlib.import_module("edgekd.converters._litert")
 
