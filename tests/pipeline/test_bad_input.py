@@ -91,13 +91,13 @@ def test():
 """
 
 CASES: list[tuple[str, type[EdgekdError], tuple[str, ...]]] = [
-    ("teacher shape", ModelError, ("does not accept the data", "float32 (24, 1, 4, 4)", "next step")),
+    ("teacher shape", ModelError, ("does not accept the data", "float32 (8, 1, 4, 4)", "next step")),
     ("teacher nan", ModelError, ("'output' on the validation data is not finite", "weights")),
     ("nan", DataError, ("validation data hold NaN", "item 5", "drop the item")),
     ("range", DataError, ("the labels of the test split are outside the classes", "0 to 3", "allowed: 0 to 2", "label encoding")),
     ("float labels", DataError, ("must be integers", "float64", "Regression")),
     ("label shape", ModelError, ("labels (24, 1)", "allowed: labels (24,)")),
-    ("dtype", ModelError, ("float64 (24, 1, 4, 4)", "shape and dtype")),
+    ("dtype", ModelError, ("float64 (8, 1, 4, 4)", "shape and dtype")),
     ("random", DataError, ("test data must be the same at every reading", "augment=")),
     ("empty", DataError, ("test data are empty", "0 items", "check the loader")),
 ]
