@@ -169,7 +169,7 @@ class _Plan:
             zero = zero or self.constant("int8_zero_point", np.zeros((), np.int8))
             root = self.root(name)
             if root not in scales:
-                scales[root] = self.constant(f"{root}_scale", np.float32(scale_of(bounds[root])))
+                scales[root] = self.constant(f"{root}_scale", np.array(scale_of(bounds[root]), np.float32))
             coded, decoded = self.fresh(f"{name}_quantized"), self.fresh(f"{name}_dequantized")
             behind.setdefault(self.maker.get(name, -1), []).extend(
                 (

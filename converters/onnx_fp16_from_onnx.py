@@ -184,8 +184,8 @@ def _scan(infer: Infer, model: StoredArtifact, inputs: Tensors, sizes: Mapping[s
     """What the float tensors of the source reach on all inputs, in the order of `sizes`."""
     seen = {name: Seen() for name in sizes}
 
-    def counted(artifact: StoredArtifact, given: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:
-        answer = infer(artifact, given, taps)
+    def counted(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:
+        answer = infer(model, inputs, taps)
         for name in answer.keys() & seen.keys():
             seen[name].update(answer[name])
         return answer

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,7 +46,8 @@ def halved(source: StoredArtifact, inputs: Mapping[str, np.ndarray], folder: Pat
 def in_numpy(model: StoredArtifact, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     """The first output by onnx's reference in numpy, which rounds every float16 result to float16."""
     with np.errstate(all="ignore"):
-        return np.asarray(ReferenceEvaluator(str(model.entry)).run(None, dict(inputs))[0])
+        answer: Any = ReferenceEvaluator(str(model.entry)).run(None, dict(inputs))
+    return np.asarray(answer[0])
 
 
 def pinned(made: StoredArtifact) -> dict[str, str]:

@@ -72,10 +72,13 @@ class Depthwise(nn.Module):
 _KEPT = tempfile.TemporaryDirectory(prefix="edgekd.tests.")
 
 
+_NETS: dict[str, type[nn.Module]] = {"residual": Residual, "depthwise": Depthwise, "unet": UNet}
+
+
 @functools.cache
-def exported(kind: type[nn.Module], size: int = 8) -> StoredArtifact:
+def exported(kind: str, size: int = 8) -> StoredArtifact:
     """The net as ONNX, exported once per test process."""
-    return export(kind(), {"image": noise(4, 3, size, size)}, Path(_KEPT.name) / f"{kind.__name__}-{size}")
+    return export(_NETS[kind](), {"image": noise(4, 3, size, size)}, Path(_KEPT.name) / kind)
 
 
 def request_for(source: StoredArtifact, inputs: Mapping[str, np.ndarray], folder: Path, float_ops: tuple[str, ...] = (), **recipe: Any) -> ConvertRequest:
@@ -106,11 +109,12 @@ class Graph:
 
     def named(self, name: str) -> onnx.NodeProto:
         (node,) = [node for node in self.proto.graph.node if node.name == name]
+        assert isinstance(node, onnx.NodeProto)
         return node
 
     def chain(self, tensor: str, length: int = 3) -> list[str]:
         """The operators before a tensor, nearest first, each by its first input."""
-        found = []
+        found: list[str] = []
         while tensor in self.makers and len(found) < length:
             found.append(self.makers[tensor].op_type)
             tensor = self.makers[tensor].input[0]
@@ -132,10 +136,9 @@ class TestPlacedQdqContract(ConverterContract):
 
 @pytest.mark.parametrize(
     ("kind", "size", "weighted", "adds", "concats"),
-    [(Residual, 8, 7, 2, 0), (Depthwise, 8, 5, 1, 0), (UNet, 16, 6, 0, 2)],
-    ids=["residual", "depthwise", "unet"],
+    [("residual", 8, 7, 2, 0), ("depthwise", 8, 5, 1, 0), ("unet", 16, 6, 0, 2)],
 )
-def test_every_weighted_operator_has_both_inputs_in_int8(kind: type[nn.Module], size: int, weighted: int, adds: int, concats: int, tmp_path: Path) -> None:
+def test_every_weighted_operator_has_both_inputs_in_int8(kind: str, size: int, weighted: int, adds: int, concats: int, tmp_path: Path) -> None:
     inputs = {"image": noise(16, 3, size, size)}
     source = exported(kind, size)
     made = placed(source, inputs, tmp_path / "int8")
@@ -162,7 +165,7 @@ def test_every_weighted_operator_has_both_inputs_in_int8(kind: type[nn.Module], 
 
 
 def test_an_add_takes_its_convolution_in_float_and_the_other_branch_in_int8(tmp_path: Path) -> None:
-    graph = Graph(placed(exported(Residual), IMAGE, tmp_path / "int8"))
+    graph = Graph(placed(exported("residual"), IMAGE, tmp_path / "int8"))
     first, second = graph.of("Add")
     chains = [sorted(graph.chain(name) for name in node.input) for node in (first, second)]
     assert chains[0] == [["Conv", "DequantizeLinear", "QuantizeLinear"], ["DequantizeLinear", "QuantizeLinear", "Relu"]]
@@ -175,7 +178,7 @@ def test_an_add_takes_its_convolution_in_float_and_the_other_branch_in_int8(tmp_
 
 def test_concatenated_tensors_have_one_scale_and_pairs_stand_before_pools(tmp_path: Path) -> None:
     inputs = {"image": noise(16, 3, 16, 16)}
-    graph = Graph(placed(exported(UNet, 16), inputs, tmp_path / "int8"))
+    graph = Graph(placed(exported("unet", 16), inputs, tmp_path / "int8"))
     for node in graph.of("Concat"):
         (after,) = [other for other in graph.of("QuantizeLinear") if other.input[0] == node.output[0]]
         scales = {graph.scale(name) for name in node.input} | {float(graph.arrays[after.input[1]])}
@@ -190,7 +193,7 @@ def test_concatenated_tensors_have_one_scale_and_pairs_stand_before_pools(tmp_pa
 
 
 def test_float_ops_read_and_give_float_and_are_told(tmp_path: Path) -> None:
-    made = placed(exported(Residual), IMAGE, tmp_path / "int8", ("a2/Conv",))
+    made = placed(exported("residual"), IMAGE, tmp_path / "int8", ("a2/Conv",))
     told = made.record.metadata
     assert (told["weighted_ops"], told["quantized_ops"], told["float_weighted_ops"]) == ("7", "6", "a2/Conv")
     graph = Graph(made)
@@ -221,7 +224,7 @@ def test_broken_placements_are_refused_by_name(tmp_path: Path) -> None:
     from edgekd.converters._placement import PLACEMENTS, check_placement  # type: ignore[import-not-found]
 
     inputs = {"image": noise(4, 3, 16, 16)}
-    made = placed(exported(UNet, 16), inputs, tmp_path / "int8")
+    made = placed(exported("unet", 16), inputs, tmp_path / "int8")
 
     def zero_point(graph: Graph) -> None:
         name = graph.of("QuantizeLinear")[1].input[2]
@@ -236,7 +239,7 @@ def test_broken_placements_are_refused_by_name(tmp_path: Path) -> None:
     def scale(graph: Graph) -> None:
         node = graph.of("Concat")[0]
         after = graph.makers[node.input[0]]
-        graph.proto.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "other_scale"))
+        graph.proto.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "other_scale"))
         after.input[1] = graph.makers[after.input[0]].input[1] = "other_scale"
 
     def output(graph: Graph) -> None:
