@@ -20,6 +20,8 @@ from edgekd.quantize.recipes import SCHEMES
 from edgekd.records import Format, Precision, QuantRecipe
 
 from ._onnx_io import captured, host_infer, last_message, versions
+from ._place_qdq import place
+from ._placement import PLACEMENTS, check_placement
 from .prepare_onnx import PrepareOnnx
 
 _ENTRY = "model.onnx"
@@ -33,7 +35,10 @@ class QdqFromOnnx:
     `infer`, or without one by onnxruntime on the host (metadata `ranges` says which: `given`, `infer` or `host`). Observing holds at most
     the option `memory_mb` at once (10^6 bytes, default 512).
     Scheme `u8s8`: asymmetric uint8 activations, int8 weights; `u8s8_reduced`: the same with 7-bit weights, for processors whose 8-bit
-    products saturate; `s8s8`: symmetric int8 for both. Node names in `recipe.float_ops` are those of the prepared model.
+    products saturate; `s8s8`: symmetric int8 for both. `s8s8_tensorrt`: the same, with pairs where TensorRT wants them and biases in float
+    (`_placement.py`); the graph is checked against these rules and computed by onnxruntime, but no TensorRT has read it. Its metadata counts
+    `quantized_ops` of `weighted_ops`, `residual_adds` and `shared_scales`, and names `float_weighted_ops`.
+    Node names in `recipe.float_ops` are those of the prepared model.
     """
 
     name = "qdq-from-onnx"
@@ -66,14 +71,23 @@ class QdqFromOnnx:
         for name in recipe.float_ops:
             if name not in known:
                 raise ConfigError(f"the recipe keeps a node in float that the model lacks: {name!r}", allowed=near_names(name, known), subject=name)
-        model = _quantized(float_model, recipe, ranges)
-        _keep_float(model, recipe.float_ops)
+        depth = depth_of(float_model)
+        placement = PLACEMENTS.get(recipe.scheme)
+        if placement is None:
+            model = _quantized(float_model, recipe, ranges)
+            _keep_float(model, recipe.float_ops)
+        else:
+            if not recipe.per_channel:
+                raise ConfigError(f"{recipe.scheme} quantizes weights per channel only", found="per_channel=False", subject=recipe.scheme)
+            model = float_model
+            place(model, ranges, placement, recipe.float_ops)
         pairs = count_ops(model, {"QuantizeLinear", "DequantizeLinear"})
         if not pairs:
             raise ConversionRejected(
                 "nothing in this model can be quantized", found=f"{len(known)} nodes, {len(recipe.float_ops)} kept in float", subject=self.name
             )
         name_nodes(model)
+        placed = check_placement(model, placement) if placement is not None else {}
         extra = write_model(model, request.folder, _ENTRY)
         kept = ("prepared", "prepared_reason", "upgraded_from_opset")
         return store_artifact(
@@ -92,7 +106,8 @@ class QdqFromOnnx:
                 "ranges": "given" if request.ranges is not None else "infer" if request.infer is not None else "host",
                 "quantize_nodes": str(count_ops(model, {"QuantizeLinear"})),
                 "dequantize_nodes": str(count_ops(model, {"DequantizeLinear"})),
-                "depth": str(depth_of(float_model)),
+                "depth": str(depth),
+                **placed,
                 **{key: prepared.record.metadata[key] for key in kept},
             },
             extra_files=extra,

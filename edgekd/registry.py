@@ -25,6 +25,7 @@ _SHIPPED: Mapping[str, Mapping[str, str]] = {
         "null": "edgekd.targets.runtimes.null:NullRuntime",
     },
     "converters": {
+        "onnx-fp16-from-onnx": "edgekd.converters.onnx_fp16_from_onnx:OnnxFp16FromOnnx",
         "onnx-from-torch": "edgekd.converters.onnx_from_torch:OnnxFromTorch",
         "prepare-onnx": "edgekd.converters.prepare_onnx:PrepareOnnx",
         "prepare-tflite": "edgekd.converters.prepare_tflite:PrepareTflite",

@@ -25,6 +25,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "u8s8": Scheme(False, False, False, "x86 with VNNI"),
     "u8s8_reduced": Scheme(False, False, True, "x86 without VNNI, whose 8-bit products saturate in 16 bits: 7-bit weights"),
     "s8s8": Scheme(True, True, False, "ARM and accelerators with symmetric int8"),
+    "s8s8_tensorrt": Scheme(True, True, False, "TensorRT: explicit pairs by its placement rules, biases in float"),
     "static_int8": Scheme(True, False, False, "LiteRT, integer kernels throughout: convolutions, depthwise ones above all", "tflite"),
     "dynamic_int8": Scheme(True, True, False, "LiteRT, activations quantized at run time: transformers and recurrent nets", "tflite"),
 }

@@ -134,7 +134,7 @@ class CalibrationSpec(Record, tag="edgekd.calibration/1", frozen=True, kw_only=T
 class QuantRecipe(Record, tag="edgekd.recipe/1", frozen=True, kw_only=True):
     """How a model is quantized; data, so that it can be hashed, stored and applied again.
 
-    `scheme` is one of `u8s8`, `s8s8`, `u8s8_reduced` (ONNX) or `static_int8`, `dynamic_int8`, `fp16` (TFLite); `float_ops` lists the nodes
+    `scheme` is one of `u8s8`, `s8s8`, `u8s8_reduced`, `s8s8_tensorrt` (ONNX) or `static_int8`, `dynamic_int8`, `fp16` (TFLite); `float_ops` lists the nodes
     that stay in float, by name; `op_rules` maps kinds of operators to a scheme or `float` (TFLite).
     """
 
