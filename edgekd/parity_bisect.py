@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Infer, Tensors
 from edgekd.errors import ModelError
-from edgekd.parity import compare_tensors, tolerance_for
-from edgekd.parity_graph import Graph, graph_of
+from edgekd.parity import BASE_DEPTH, compare_tensors, tolerance_for
+from edgekd.parity_faults import Diagnosis, Fault, Finding, diagnose
+from edgekd.parity_graph import Graph, depth_told, graph_of, output_ranges
 from edgekd.quantize.calibrate import plan_taps
 from edgekd.records import Precision, TensorParity
 
@@ -96,3 +97,57 @@ def bisect(
                 return Divergence(name, node.name, node.op_type, position, len(sizes), row)
             position += 1
     return None
+
+
+def diagnose_files(
+    reference: StoredArtifact,
+    other: StoredArtifact,
+    infer: Infer,
+    inputs: Tensors,
+    *,
+    other_infer: Infer | None = None,
+    precision: Precision | None = None,
+    hop: str = "",
+) -> tuple[Diagnosis, Divergence | None]:
+    """What `diagnose` says of two files, and the first tensor that differs; what is wrong at that tensor is named too.
+
+    Saturation inside a graph (stale calibration), NaN and overflow show at their tensor even where the outputs no longer tell. The place
+    is `None` if the outputs agree, if the formats differ, or if every shared tensor agrees (then the inputs or outputs were changed
+    outside of the graphs).
+
+    Raises:
+        BundleError: a file is missing, cut off or changed.
+        ModelError: two files of one format share no tensor, or a file cannot be read.
+    """
+    there, kind = other_infer or infer, precision or other.record.precision
+    for artifact in (reference, other):
+        artifact.verify()
+    diagnosis = diagnose(
+        lambda given: infer(reference, given),
+        lambda given: there(other, given),
+        inputs,
+        specs=reference.record.iospec.inputs,
+        precision=kind,
+        depth=depth_told(other, BASE_DEPTH),
+        limits=output_ranges(other),
+        hop=hop or f"{reference.record.format.value} {reference.record.precision.value} -> {other.record.format.value} {kind.value}",
+    )
+    if diagnosis.parity.passed or reference.record.format is not other.record.format:
+        return diagnosis, None
+    place = bisect(reference, other, infer, inputs, other_infer=other_infer, precision=precision)
+    fault = None if place is None else _fault_of(place.parity)
+    if place is None or fault is None:
+        return diagnosis, place
+    at_place = Finding(fault, place.tensor, f"first at the tensor {place.tensor} ({place.op_type} {place.op_name}): {place.parity.reason}")
+    return replace(diagnosis, findings=(at_place, *diagnosis.findings)), place
+
+
+def _fault_of(row: TensorParity) -> Fault | None:
+    """The fault that a comparison of one tensor shows by itself."""
+    if row.nonfinite:
+        return Fault.OVERFLOW if "fp16 overflow" in row.reason else Fault.NOT_FINITE
+    if "saturated int8" in row.reason:
+        return Fault.SATURATED
+    if row.constant:
+        return Fault.CONSTANT
+    return Fault.LAYOUT if row.layout else None

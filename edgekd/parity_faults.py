@@ -169,7 +169,7 @@ def _order(reference: Tensors, outputs: Mapping[str, Array]) -> Array | None:
         far = (right**2).sum(1)[:, None] - 2 * right @ left.T + (left**2).sum(1)[None, :]
         order = far.argmin(1)
         if len(set(order.tolist())) == len(left) and not np.array_equal(order, np.arange(len(left))):
-            return order
+            return np.asarray(order)
     return None
 
 
@@ -230,7 +230,7 @@ def diagnose(
     if parity.passed:
         return Diagnosis(parity, ())
     findings = list(_seen(parity, reference, outputs, limits or {}, precision is Precision.FP16))
-    comparable = all(np.shape(outputs.get(name)) == np.shape(value) for name, value in reference.items())
+    comparable = all(name in outputs and np.shape(outputs[name]) == np.shape(value) for name, value in reference.items())
     if comparable and not any(row.nonfinite or row.constant for row in parity.tensors):
         findings += _tried(reference_infer, outputs, inputs, {spec.name: spec for spec in specs}, limit)
         order = _order(reference, outputs)

@@ -36,19 +36,13 @@ def ladder(hops: Sequence[HopParity]) -> Plot | None:
                 word = "same" if row.passed else "differs"
                 colour = _STUDENT if row.passed else _LIMIT
                 length = min(max(row.sqnr_db, _AXIS_START_DB), _AXIS_END_DB)
-                axis.barh(at, length, height=0.72, color=colour, hatch="" if row.passed else "///", edgecolor=_PANEL, label=None if word in said else word)
+                axis.barh(at, length, height=0.72, color=colour, label=None if word in said else word)
                 said.add(word)
-                text = f"{row.name} {_measured(row)}" if several else _measured(row)
-                inside = length > 0.55 * _AXIS_END_DB
-                axis.text(
-                    length - 2 if inside else max(length, 0.0) + 2,
-                    at,
-                    text,
-                    va="center",
-                    ha="right" if inside else "left",
-                    fontsize=9,
-                    color=_PANEL if inside else _INK,
-                )
+                inside = length > 0.6 * _AXIS_END_DB
+                mark = row.tolerance if row.tolerance_kind == "sqnr" else 0.0
+                text = (f"{row.name} " if several else "") + _measured(row) + ("" if row.passed else ", differs")
+                place, side, ink = (length - 2, "right", _PANEL) if inside else (max(length, mark, 0.0) + 2, "left", _INK)
+                axis.text(place, at, text, va="center", ha=side, fontsize=9, color=ink)
                 if row.tolerance_kind == "sqnr":
                     axis.plot([row.tolerance] * 2, [at - 0.45, at + 0.45], color=_MUTED, linewidth=2.0, label=None if asked else "asked of int8")
                     asked = True
@@ -69,9 +63,10 @@ def ladder(hops: Sequence[HopParity]) -> Plot | None:
 
 
 def _measured(row: TensorParity) -> str:
-    """The signal to error in words: `exact`, `no number`, or decibel."""
+    """The signal to error in words: `exact`, no number, or decibel; with the layout in which it was taken, if it was swapped."""
     if row.nonfinite:
         return "NaN or Inf"
-    if row.sqnr_db >= SQNR_CAP_DB:
-        return "exact"
-    return "not comparable" if row.sqnr_db <= -SQNR_CAP_DB else f"{row.sqnr_db:.1f} dB"
+    if row.sqnr_db <= -SQNR_CAP_DB:
+        return "not comparable"
+    text = "exact" if row.sqnr_db >= SQNR_CAP_DB else f"{row.sqnr_db:.1f} dB"
+    return f"{text} after {row.layout}" if row.layout else text
