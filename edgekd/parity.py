@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from edgekd.contracts import Array, Tensors
 from edgekd.errors import DataError, ParityRejected
+from edgekd.parity_measures import (
+    FP16_MAX,
+    NO_DISTANCE,
+    Distance,
+    Doubles,
+    Saturation,
+    distance_of,
+    layout_name,
+    nearest_order,
+    saturation_of,
+    top1_agreement,
+    varies,
+)
 from edgekd.records import HopParity, Precision, TensorParity
-
-Doubles = NDArray[np.float64]
-
-_SQNR_CAP_DB = 200.0
-"""Stands for an error of zero; JSON has no infinity."""
-
-_SCALE_FLOOR = 1e-6
-"""A reference that is nearly zero everywhere is compared absolutely, with this scale."""
 
 _UNIT_ROUNDOFF = {Precision.FP32: 2.0**-24, Precision.FP16: 2.0**-11}
 _FLOAT_FACTOR = {Precision.FP32: 128.0, Precision.FP16: 8.0}
 _INT8_BASE_DB, _INT8_FLOOR_DB, _SAME_FILE_BONUS_DB = 30.0, 10.0, 10.0
-_MAX_PERMUTED_RANK = 5
+BASE_DEPTH = 50
+"""Operators on the longest path that a tolerance is for where nothing is known; hops of the pipeline are held to no tighter one."""
+
+_MIN_ERROR_SHARE = 0.5
+"""Saturation is named as the cause where the clipped values carry at least half of the squared error."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Tolerance:
     value: float
 
 
-def tolerance_for(precision: Precision, depth: int = 50, *, same_file: bool = False) -> Tolerance:
+def tolerance_for(precision: Precision, depth: int = BASE_DEPTH, *, same_file: bool = False) -> Tolerance:
     """The tolerance for a model of `depth` computing operators on its longest path.
 
     Float: factor * unit roundoff * sqrt(depth), of the reference's largest magnitude; the factor is 128 for fp32 (5e-5 at depth 50;
@@ -54,111 +62,90 @@ def tolerance_for(precision: Precision, depth: int = 50, *, same_file: bool = Fa
     return Tolerance("relative", _FLOAT_FACTOR[precision] * _UNIT_ROUNDOFF[precision] * math.sqrt(depth))
 
 
-@dataclass(frozen=True)
-class _Distance:
-    max_abs: float
-    max_rel: float
-    sqnr_db: float
-    cosine: float
-
-    def within(self, tolerance: Tolerance) -> bool:
-        return self.sqnr_db >= tolerance.value if tolerance.kind == "sqnr" else self.max_rel <= tolerance.value
+def within(distance: Distance, tolerance: Tolerance) -> bool:
+    """Whether two tensors count as equal."""
+    return distance.sqnr_db >= tolerance.value if tolerance.kind == "sqnr" else distance.max_rel <= tolerance.value
 
 
-def _distance(reference: Doubles, other: Doubles) -> _Distance:
-    """The distance over the elements that are finite in both; `max_rel` is relative to the reference's largest magnitude."""
-    usable = np.isfinite(reference) & np.isfinite(other)
-    left, right = reference[usable], other[usable]
-    if left.size == 0:
-        return _Distance(0.0, 0.0, -_SQNR_CAP_DB, 0.0)
-    error = right - left
-    max_abs = float(np.abs(error).max())
-    scale = max(float(np.abs(left).max()), _SCALE_FLOOR)
-    signal, noise, power = float(left @ left), float(error @ error), float(right @ right)
-    if noise == 0:
-        sqnr = _SQNR_CAP_DB
-    elif signal == 0:
-        sqnr = -_SQNR_CAP_DB
-    else:
-        sqnr = float(np.clip(10 * math.log10(signal / noise), -_SQNR_CAP_DB, _SQNR_CAP_DB))
-    if signal == 0 or power == 0:
-        cosine = 1.0 if signal == power else 0.0
-    else:
-        cosine = float(left @ right) / math.sqrt(signal) / math.sqrt(power)
-    return _Distance(max_abs, max_abs / scale, sqnr, cosine)
-
-
-def _varies(values: Doubles) -> bool:
-    """Whether the samples (first axis) differ by more than rounding."""
-    if values.ndim == 0 or len(values) < 2 or not np.isfinite(values).all():
-        return False
-    scale = max(float(np.abs(values).max()), _SCALE_FLOOR)
-    return float(np.ptp(values, axis=0).max()) > 1e-6 * scale
-
-
-def _permutations(shape: tuple[int, ...], wanted: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
-    """Orders of the axes behind the first one that turn `shape` into `wanted`, the identity left out."""
-    if not 3 <= len(shape) <= _MAX_PERMUTED_RANK or len(shape) != len(wanted) or shape[0] != wanted[0]:
-        return
-    identity = tuple(range(1, len(shape)))
-    for rest in itertools.permutations(identity):
-        if rest != identity and tuple(shape[axis] for axis in rest) == wanted[1:]:
-            yield (0, *rest)
-
-
-def _fits_transposed(reference: Doubles, other: Doubles, tolerance: Tolerance) -> tuple[tuple[int, ...], bool, _Distance] | None:
-    """The axis order of `other` that comes nearest to the reference: order, whether it is equal then, distance."""
-    best: tuple[tuple[int, ...], bool, _Distance] | None = None
-    for order in _permutations(other.shape, reference.shape):
-        distance = _distance(reference, np.transpose(other, order))
-        if best is None or distance.sqnr_db > best[2].sqnr_db:
-            best = (order, distance.within(tolerance), distance)
-    return best
-
-
-def compare_tensors(name: str, reference: Array, other: Array, tolerance: Tolerance) -> TensorParity:
+def compare_tensors(
+    name: str,
+    reference: Array,
+    other: Array,
+    tolerance: Tolerance,
+    *,
+    limits: tuple[float, float] | None = None,
+    class_axis: int | None = None,
+) -> TensorParity:
     """How `other` compares with `reference`, both `(samples, ...)`.
 
     `max_rel` is relative to the largest magnitude of the reference; `tolerance` in the result is that ratio, or decibel for int8.
     Fails on NaN or Inf, on an output that is constant over the samples while the reference varies, on another shape. A permuted
     layout (NCHW against NHWC) is named, also where the shapes happen to be equal; the numbers are then those after transposing.
+
+    `limits` is the int8 range of a dequantized tensor, in real values (`parity_graph.Graph.ranges`): saturation is then counted against
+    it, else against the ends of the grid that the values lie on. `class_axis` is that of the classes for `top1`; `None` takes the last
+    one of `(samples, classes)`.
     """
     left, right = np.asarray(reference, dtype=np.float64), np.asarray(other, dtype=np.float64)
     if left.shape != right.shape:
-        found = _fits_transposed(left, right, tolerance)
+        found = nearest_order(left, right)
         if found is None:
             return _failed(name, tolerance, f"shape {right.shape} instead of {left.shape}")
-        order, equal, distance = found
-        verdict = "the content is the same" if equal else "the content differs even then"
-        return _result(name, tolerance, distance, reason=f"axes are permuted: shape {right.shape} instead of {left.shape}; transposed by {order}, {verdict}")
-    distance = _distance(left, right)
+        order, distance = found
+        verdict = f"the outputs agree after {layout_name(order)}: the layout was swapped" if within(distance, tolerance) else "the content differs even then"
+        reason = f"axes are permuted: shape {right.shape} instead of {left.shape}; transposed by {order}, {verdict}"
+        return _result(name, tolerance, distance, layout=layout_name(order) if within(distance, tolerance) else "", reason=reason)
+    row = _result(name, tolerance, distance_of(left, right))
     bad_left, bad_right = ~np.isfinite(left), ~np.isfinite(right)
     if bad_left.any() or bad_right.any():
-        where = bad_right if bad_right.any() else bad_left
-        whose = "" if bad_right.any() else " in the reference"
-        sample = int(np.argwhere(where)[0][0]) if where.ndim else 0
-        count = int(where.sum())
-        return _result(name, tolerance, distance, nonfinite=count, reason=f"{count} values are NaN or Inf{whose}, the first in sample {sample}")
-    constant = _varies(left) and not _varies(right)
-    if constant:
-        return _result(name, tolerance, distance, constant=True, reason="the output is the same for every sample, while the reference varies")
-    if distance.within(tolerance):
-        return _result(name, tolerance, distance, passed=True)
-    found = _fits_transposed(left, right, tolerance)
-    if found is not None and found[1]:
-        return _result(name, tolerance, found[2], reason=f"the layout differs: transposed by {found[0]}, the content is the same")
-    return _result(name, tolerance, distance, reason=_excess(distance, tolerance))
+        return msgspec.structs.replace(row, nonfinite=int((bad_right if bad_right.any() else bad_left).sum()), reason=_not_finite(left, bad_left, bad_right))
+    clipped = saturation_of(left, right, limits)
+    row = msgspec.structs.replace(row, top1=top1_agreement(left, right, class_axis), saturation=None if clipped is None else clipped.share)
+    if varies(left) and not varies(right):
+        return msgspec.structs.replace(row, constant=True, reason="the output is the same for every sample, while the reference varies" + _stuck(clipped))
+    if within(distance_of(left, right), tolerance):
+        return msgspec.structs.replace(row, passed=True)
+    found = nearest_order(left, right)
+    if found is not None and within(found[1], tolerance):
+        order, distance = found
+        reason = f"the outputs agree after {layout_name(order)}: the layout was swapped, behind equal shapes (transposed by {order})"
+        return _result(name, tolerance, distance, layout=layout_name(order), reason=reason)
+    return msgspec.structs.replace(row, reason=_excess(row, tolerance) + _clipping(clipped))
 
 
-def _excess(distance: _Distance, tolerance: Tolerance) -> str:
+def _not_finite(left: Doubles, bad_left: Doubles, bad_right: Doubles) -> str:
+    """Which values are NaN or Inf, in whom, and whether half precision cannot hold what the reference has there."""
+    where, whose = (bad_right, "") if bad_right.any() else (bad_left, " in the reference")
+    sample = int(np.argwhere(where)[0][0]) if where.ndim else 0
+    text = f"{int(where.sum())} values are NaN or Inf{whose}, the first in sample {sample}"
+    beyond = np.abs(np.where(bad_left, 0.0, left))
+    if bad_right.any() and float(beyond.max()) > FP16_MAX:
+        text += f"; fp16 overflow: the reference reaches {float(beyond.max()):.3g}, fp16 ends at {FP16_MAX:.0f}"
+    return text
+
+
+def _stuck(found: Saturation | None) -> str:
+    if found is None or found.share < _MIN_ERROR_SHARE:
+        return ""
+    return f"; saturated int8: {found.share:.1%} of the values lie at an end of the range {found.low:.4g} to {found.high:.4g}"
+
+
+def _clipping(found: Saturation | None) -> str:
+    if found is None or found.clipped == 0 or found.of_error < _MIN_ERROR_SHARE:
+        return ""
+    return (
+        f"; saturated int8: {found.clipped:.1%} of the values are clipped at an end of the range {found.low:.4g} to {found.high:.4g}"
+        f" and carry {found.of_error:.0%} of the squared error: the calibration does not fit these inputs"
+    )
+
+
+def _excess(row: TensorParity, tolerance: Tolerance) -> str:
     if tolerance.kind == "sqnr":
-        return f"signal to error is {distance.sqnr_db:.1f} dB, at least {tolerance.value:.1f} dB is asked"
-    return f"the largest error is {distance.max_rel:.2e} of the largest value, {tolerance.value:.2e} is allowed"
+        return f"signal to error is {row.sqnr_db:.1f} dB, at least {tolerance.value:.1f} dB is asked"
+    return f"the largest error is {row.max_rel:.2e} of the largest value, {tolerance.value:.2e} is allowed"
 
 
-def _result(
-    name: str, tolerance: Tolerance, distance: _Distance, *, passed: bool = False, nonfinite: int = 0, constant: bool = False, reason: str = ""
-) -> TensorParity:
+def _result(name: str, tolerance: Tolerance, distance: Distance, *, reason: str = "", layout: str = "") -> TensorParity:
     return TensorParity(
         name=name,
         max_abs=distance.max_abs,
@@ -166,16 +153,15 @@ def _result(
         sqnr_db=distance.sqnr_db,
         cosine=distance.cosine,
         tolerance=tolerance.value,
-        passed=passed,
-        nonfinite=nonfinite,
-        constant=constant,
+        passed=False,
         reason=reason,
         tolerance_kind=tolerance.kind,
+        layout=layout,
     )
 
 
 def _failed(name: str, tolerance: Tolerance, reason: str) -> TensorParity:
-    return _result(name, tolerance, _Distance(0.0, 0.0, -_SQNR_CAP_DB, 0.0), reason=reason)
+    return _result(name, tolerance, NO_DISTANCE, reason=reason)
 
 
 def compare_hop(
@@ -184,15 +170,17 @@ def compare_hop(
     outputs: Tensors,
     *,
     precision: Precision,
-    depth: int = 50,
+    depth: int = BASE_DEPTH,
     same_file: bool = False,
     agreement: float | None = None,
     tolerance: Tolerance | None = None,
+    limits: Mapping[str, tuple[float, float]] | None = None,
+    class_axes: Mapping[str, int] | None = None,
 ) -> HopParity:
     """One hop compared on every output; `first_bad` names the first output that fails, in the reference's order.
 
     `tolerance=None` takes `tolerance_for(precision, depth, same_file=same_file)`. Missing and additional outputs fail by name; an output
-    that holds what another one should is recognised.
+    that holds what another one should is recognised. `limits` and `class_axes` are those of `compare_tensors`, by output.
 
     Raises:
         DataError: the reference is empty.
@@ -205,9 +193,9 @@ def compare_hop(
         if name not in outputs:
             rows.append(_failed(name, limit, f"the output is missing; there are {', '.join(sorted(outputs)) or 'none'}"))
             continue
-        row = compare_tensors(name, expected, outputs[name], limit)
+        row = compare_tensors(name, expected, outputs[name], limit, limits=(limits or {}).get(name), class_axis=(class_axes or {}).get(name))
         twin = None if row.passed else _holder(expected, name, outputs, limit)
-        rows.append(row if twin is None else _with_reason(row, f"the output {twin!r} holds what {name!r} should: the outputs are swapped"))
+        rows.append(row if twin is None else msgspec.structs.replace(row, reason=f"the output {twin!r} holds what {name!r} should: the outputs are swapped"))
     rows.extend(_failed(name, limit, "an output that the reference does not have") for name in outputs if name not in reference)
     first_bad = next((row.name for row in rows if not row.passed), "")
     samples = len(np.asarray(next(iter(reference.values()))))
@@ -219,12 +207,6 @@ def _holder(expected: Array, name: str, outputs: Tensors, tolerance: Tolerance) 
         if other != name and np.shape(values) == np.shape(expected) and compare_tensors(other, expected, values, tolerance).passed:
             return other
     return None
-
-
-def _with_reason(row: TensorParity, reason: str) -> TensorParity:
-    import msgspec
-
-    return msgspec.structs.replace(row, reason=reason)
 
 
 def first_bad_hop(hops: Iterable[HopParity]) -> HopParity | None:
@@ -249,4 +231,4 @@ def require_parity(hops: Iterable[HopParity]) -> None:
         )
 
 
-__all__ = ["Tolerance", "compare_hop", "compare_tensors", "first_bad_hop", "require_parity", "tolerance_for"]
+__all__ = ["BASE_DEPTH", "Tolerance", "compare_hop", "compare_tensors", "first_bad_hop", "require_parity", "tolerance_for", "within"]

@@ -218,6 +218,7 @@ def _to_int8(source: Any, folder: Path, calibration: Path, method: str, target: 
     from edgekd.errors import UnsupportedModel
     from edgekd.npy import load_inputs
     from edgekd.parity import compare_hop
+    from edgekd.parity_graph import output_ranges
     from edgekd.quantize.calibrate import calibration_set
     from edgekd.quantize.recipes import candidate_schemes, make_recipe
     from edgekd.records import Precision
@@ -248,6 +249,7 @@ def _to_int8(source: Any, folder: Path, calibration: Path, method: str, target: 
             live.runtime.infer(made, some),
             precision=Precision.INT8,
             depth=int(made.record.metadata.get("depth", "50")),
+            limits=output_ranges(made),
         )
         rows = [
             (item.name, "within tolerance" if item.passed else f"DIFFERS: {item.reason}", f"{item.sqnr_db:.1f} dB", f"{item.cosine:.6f}", f"{item.max_abs:.3g}")

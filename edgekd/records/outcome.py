@@ -136,7 +136,10 @@ class Ledger(Record, tag="edgekd.ledger/1", frozen=True, kw_only=True):
 class TensorParity(Record, tag="edgekd.tensor_parity/1", frozen=True, kw_only=True):
     """How one output tensor of a hop compares with its source. `sqnr_db` is signal to error in decibel.
 
-    `tolerance_kind` says what `tolerance` is: `relative`, a share of the reference's largest magnitude, or `sqnr`, decibel.
+    `tolerance_kind` says what `tolerance` is: `relative`, a share of the reference's largest magnitude, or `sqnr`, decibel. `top1` is the
+    share of samples whose largest value lies at the same index, `None` where the output holds no classes. `saturation` is the share of
+    values at an end of the int8 range, `None` for values that are on no such grid. `layout` names the permutation after which a failed
+    output agrees, for example `NHWC -> NCHW`.
     """
 
     name: str
@@ -150,10 +153,16 @@ class TensorParity(Record, tag="edgekd.tensor_parity/1", frozen=True, kw_only=Tr
     constant: bool = False
     reason: str = ""
     tolerance_kind: str = ""
+    top1: float | None = None
+    saturation: float | None = None
+    layout: str = ""
 
 
 class HopParity(Record, tag="edgekd.hop_parity/1", frozen=True, kw_only=True):
-    """One hop of the road, for example `torch -> onnx`, on `samples` real inputs; `agreement` is the task's."""
+    """One hop of the road, for example `torch -> onnx`, on `samples` real inputs; `agreement` is the task's.
+
+    `findings` names the faults that explain a failed hop, as `parity_faults.diagnose` found them.
+    """
 
     hop: str
     passed: bool
@@ -161,6 +170,7 @@ class HopParity(Record, tag="edgekd.hop_parity/1", frozen=True, kw_only=True):
     tensors: tuple[TensorParity, ...]
     agreement: float | None = None
     first_bad: str = ""
+    findings: tuple[str, ...] = ()
 
 
 class Point(Record, tag="edgekd.point/1", frozen=True, kw_only=True):

@@ -13,6 +13,7 @@ from edgekd import __version__
 from edgekd.records import Check, Fingerprint, HopParity, Launch, Limits, Measurement, Outcome, Snapshot
 from edgekd.report import plots
 from edgekd.report.data import ReportData
+from edgekd.report.ladder import ladder
 from edgekd.report.words import budget_text, change_cells, interval_text, ms_text, outcome_text, percentile_text, tolerance_text, unit_text
 from edgekd.storage import write_atomic
 
@@ -63,6 +64,7 @@ def _context(data: ReportData) -> dict[str, Any]:
         "pareto": plots.pareto(data.points, data.limit_ms, data.metric),
         "launches": plots.launches(data.measurements, percentile, data.limit_ms),
         "distribution": plots.distribution(data.measurements, data.limit_ms),
+        "ladder": ladder(data.parity),
     }
     training = [plot for plot in (plots.training(curve, index) for index, curve in enumerate(data.curves)) if plot is not None]
     return {
@@ -193,18 +195,21 @@ def _parity(hops: Sequence[HopParity]) -> _Table | None:
     rows, classes = [], []
     for hop in hops:
         for tensor in hop.tensors:
-            found = [tensor.reason] if tensor.reason else []
+            found = [tensor.reason, *hop.findings] if tensor.reason else []
             found += [f"{tensor.nonfinite} values not finite"] if tensor.nonfinite else []
             found += ["output is constant"] if tensor.constant else []
             found += [f"first differs at {hop.first_bad}"] if hop.first_bad and not tensor.passed else []
             agreement = "-" if hop.agreement is None else f"{hop.agreement:.4f}"
             verdict = "same" if tensor.passed else "differs"
             errors = (f"{tensor.max_abs:.3g}", f"{tensor.max_rel:.1e}", f"{tensor.sqnr_db:.1f} dB")
-            numbers = (*errors, tolerance_text(tensor), f"{tensor.cosine:.6f}", agreement, str(hop.samples))
+            shares = ["-" if share is None else f"{share:.4f}" for share in (tensor.top1, tensor.saturation)]
+            numbers = (*errors, tolerance_text(tensor), f"{tensor.cosine:.6f}", agreement, *shares, str(hop.samples))
             rows.append((hop.hop, tensor.name, verdict, *numbers, "; ".join(found) or "-"))
             classes.append("kept" if tensor.passed else "broken")
-    columns = ("hop", "output", "result", "largest error", "of the largest value", "signal to error", "asked", "cosine", "agreement", "samples", "note")
-    return _Table("Each hop against the one before it, on real inputs", columns, tuple(rows), (3, 4, 5, 7, 8, 9), tuple(classes)) if rows else None
+    errors_named = ("largest error", "of the largest value", "signal to error", "asked", "cosine")
+    columns = ("hop", "output", "result", *errors_named, "agreement", "top-1", "saturated", "samples", "note")
+    caption = "Each hop against the one before it, on real inputs; agreement is the task's, top-1 the same largest value, saturated the share at int8's ends"
+    return _Table(caption, columns, tuple(rows), (3, 4, 5, 7, 8, 9, 10, 11), tuple(classes)) if rows else None
 
 
 def _range(values: Sequence[float | None], unit: str, digits: int) -> str:

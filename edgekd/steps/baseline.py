@@ -178,7 +178,7 @@ def _quantized_teacher(
     samples = context.options.parity_samples
     part = {name: value[:samples] for name, value in device.items()}
     int8_part = context.device_outputs(kept, {name: value[:samples] for name, value in validation.inputs.items()})
-    hop = context.hop("teacher onnx -> int8", part, int8_part, Precision.INT8)
+    hop = context.hop("teacher onnx -> int8", part, int8_part, Precision.INT8, kept)
     parity.append(hop)
     reason = (
         "within the budget without any training: it competes with the student" if place.meets_budget else f"not enough alone: the limit is {limit_ms:.4g} ms"

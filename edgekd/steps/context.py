@@ -16,7 +16,8 @@ from edgekd.data import Split
 from edgekd.errors import ModelError
 from edgekd.measure import Screened, Subject, screen
 from edgekd.options import Options
-from edgekd.parity import compare_hop
+from edgekd.parity import BASE_DEPTH, compare_hop
+from edgekd.parity_graph import depth_told, output_ranges
 from edgekd.records import Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
 from edgekd.registry import load
 from edgekd.stages import StageStore
@@ -81,11 +82,16 @@ class Context:
         converter: Converter = load("converters", "onnx-from-torch")()
         return converter.convert(ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs))
 
-    def hop(self, name: str, reference: Tensors, outputs: Tensors, precision: Precision) -> HopParity:
-        """One hop compared on every output, with the task's agreement where outputs have the names and shapes of the reference."""
+    def hop(self, name: str, reference: Tensors, outputs: Tensors, precision: Precision, model: StoredArtifact | None = None) -> HopParity:
+        """One hop compared on every output, with the task's agreement where outputs have the names and shapes of the reference.
+
+        `model` made `outputs`: its int8 ranges say what saturates, and its depth widens the tolerance beyond that of 50 operators.
+        """
+        limits = output_ranges(model) if model is not None and precision is Precision.INT8 else None
+        depth = BASE_DEPTH if model is None else max(BASE_DEPTH, depth_told(model, BASE_DEPTH))
         comparable = all(key in outputs and outputs[key].shape == value.shape for key, value in reference.items())
         agreement = float(self.task.agreement(outputs, reference).mean()) if comparable else None
-        return compare_hop(name, reference, outputs, precision=precision, agreement=agreement)
+        return compare_hop(name, reference, outputs, precision=precision, depth=depth, agreement=agreement, limits=limits)
 
     def wants(self, precision: Precision) -> bool:
         """Whether the profile asks for a precision and the target has it."""

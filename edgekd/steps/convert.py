@@ -10,6 +10,9 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
 from edgekd.errors import ParityRejected
 from edgekd.onnx_io import import_onnx
+from edgekd.parity import BASE_DEPTH
+from edgekd.parity_faults import Run, diagnose
+from edgekd.parity_graph import depth_told
 from edgekd.records import Artifact, HopParity, LedgerRow, Precision, Record, StudentSpec
 from edgekd.steps.context import Context, row
 
@@ -38,7 +41,7 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
         model = import_onnx(source, place)
         from edgekd.teachers import OnnxTeacher
 
-        reference, hop = OnnxTeacher(source).outputs(inputs), "file -> onnx"
+        run, hop = OnnxTeacher(source).outputs, "file -> onnx"
     else:
         from edgekd.rebuild import load_weights
         from edgekd.teachers import TorchTeacher
@@ -47,11 +50,12 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
         load_weights(module, weights)
         module.eval()
         model = context.export(module, place)
-        reference, hop = TorchTeacher(module).outputs(inputs), "torch -> onnx"
+        run, hop = TorchTeacher(module).outputs, "torch -> onnx"
+    reference = run(inputs)
     device = context.device_outputs(model, inputs)
     parity = context.hop(hop, reference, device, Precision.FP32)
     if not parity.passed:
-        _refuse(_at_its_hop(context, parity, model, reference, inputs))
+        _refuse(_with_findings(context, _at_its_hop(context, parity, model, reference, inputs), model, run, inputs))
     return ConvertOut(
         artifact=model.record,
         parity=(parity,),
@@ -68,12 +72,23 @@ def _at_its_hop(context: Context, parity: HopParity, model: StoredArtifact, refe
     return msgspec.structs.replace(parity, hop="onnx -> device") if exported.passed else exported
 
 
+def _with_findings(context: Context, parity: HopParity, model: StoredArtifact, run: Run, inputs: Tensors) -> HopParity:
+    """A failed hop with the faults that explain it, if one that is known does."""
+    from edgekd.teachers import OnnxTeacher
+
+    def infer(given: Tensors) -> Tensors:
+        return context.device_outputs(model, given) if parity.hop == "onnx -> device" else OnnxTeacher(model.entry).outputs(given)
+
+    found = diagnose(run, infer, inputs, specs=model.record.iospec.inputs, depth=max(BASE_DEPTH, depth_told(model, BASE_DEPTH)), hop=parity.hop)
+    return msgspec.structs.replace(parity, findings=found.annotated().findings)
+
+
 def _refuse(parity: HopParity) -> None:
     bad = next(tensor for tensor in parity.tensors if not tensor.passed)
     where = "the target" if parity.hop == "onnx -> device" else "the exporter"
     raise ParityRejected(
         f"the student diverges at the hop {parity.hop!r}",
-        found=f"{bad.name}: {bad.reason}",
+        found="; ".join((f"{bad.name}: {bad.reason}", *parity.findings)),
         hint=f"{where} computes something else; try another opset",
         subject=parity,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -47,6 +50,16 @@ def test_tolerances_widen_with_depth_and_are_tighter_for_one_file_on_two_machine
     assert tolerance_for(Precision.INT8, 100).value == pytest.approx(20.0)
     assert tolerance_for(Precision.INT8, 10**9).value == 10.0
     assert tolerance_for(Precision.INT8, 100, same_file=True).value == pytest.approx(30.0)
+
+
+def test_the_documented_tolerances_are_those_of_the_code() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if re.match(r"\| (fp32|fp16|int8)", line)]
+    assert len(rows) == 4
+    for name, _, *values in rows:
+        kind, same_file = Precision(name.split(",")[0]), "same file" in name
+        limits = [tolerance_for(kind, depth, same_file=same_file).value for depth in (1, 10, 50, 100)]
+        assert values == [f"{limit:.1f}" if kind is Precision.INT8 else f"{limit:.1e}" for limit in limits]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -101,6 +101,18 @@ def exports_wrong() -> nn.Module:
     return ExportsWrong(16)
 
 
+class ExportsScaled(kit.TwoInTwoOut):
+    """Scales its image by 255 while it is exported."""
+
+    def forward(self, image: torch.Tensor, extra: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().forward(image * 255 if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() else image, extra)
+
+
+def exports_scaled() -> nn.Module:
+    """A student whose export reads another range of pixels."""
+    return ExportsScaled(16)
+
+
 def stopped_at(result: Result, stage: str, hop: str, tensor: str) -> None:
     """The run ended at this stage because of this hop and tensor, and ledger, verdict, report data and report say so."""
     assert (result.verdict.outcome, result.exit_code) == (Outcome.REFUSE, 2), "nothing was measured against a line of the budget"
@@ -118,6 +130,14 @@ def stopped_at(result: Result, stage: str, hop: str, tensor: str) -> None:
 def test_a_fault_of_the_export_is_named_at_torch_to_onnx(tmp_path: Path) -> None:
     result = kit.run("multi", tmp_path / "run", student=Fixed(exports_wrong), options=FROZEN, budget=Budget(latency_share=0.4))
     stopped_at(result, "convert", "torch -> onnx", "size")
+
+
+def test_an_export_that_scales_its_input_is_named_as_such(tmp_path: Path) -> None:
+    result = kit.run("multi", tmp_path / "run", student=Fixed(exports_scaled), options=FROZEN, budget=Budget(latency_share=0.4))
+    (bad,) = [parity for parity in ReportData.load(result.run_dir / "report.json").parity if not parity.passed]
+    assert bad.hop == "torch -> onnx"
+    assert bad.findings == ("input scale 255: the outputs agree with those of the input 255 times as large",)
+    assert bad.findings[0] in result.verdict.reason
 
 
 class ExportsAnotherShape(kit.Plain):

@@ -32,6 +32,7 @@ from edgekd.records import (
 )
 from edgekd.report import plots
 from edgekd.report.data import ClassRow, Curve, ReportData
+from edgekd.report.ladder import ladder
 from edgekd.report.render import render_report, write_report
 
 FINGERPRINT = Fingerprint(fields={"cpu_model": "Test CPU", "runtime": "onnxruntime", "runtime_version": "1.20", "threads": "1"})
@@ -187,7 +188,7 @@ def test_figures_are_named_ids_are_unique_and_references_resolve(full: str) -> N
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     figures = [attributes for tag, attributes in tags if tag == "svg"]
-    assert len(figures) == 4
+    assert len(figures) == 5
     for attributes in figures:
         assert attributes["role"] == "img"
         assert set((attributes["aria-labelledby"] or "").split()) <= set(ids)
@@ -263,6 +264,41 @@ def test_cards_show_what_ships_and_training_notes_stand_under_training() -> None
     assert "Seed 0 Ships" not in text
     failed = Verdict(outcome=Outcome.FAIL, checks=(), reason="too slow")
     assert "Judged: precision int8" in Reader(render_report(sample(shipped=shipped, verdict=failed))).text
+
+
+def test_the_ladder_has_a_row_for_each_hop_and_names_the_first_that_differs() -> None:
+    def tensor(name: str, sqnr_db: float, **facts: float | str | bool) -> TensorParity:
+        row = TensorParity(name=name, max_abs=0.0, max_rel=0.0, sqnr_db=sqnr_db, cosine=1.0, tolerance=21.5, tolerance_kind="sqnr", passed=True)
+        return msgspec.structs.replace(row, **facts)
+
+    many = tuple(tensor(f"out{index}", 60.0 - index, passed=True) for index in range(6))
+    hops = (
+        HopParity(hop="torch -> exported", passed=True, samples=3, tensors=(tensor("y", 200.0, passed=True, top1=0.875, saturation=0.0625),)),
+        HopParity(hop="exported -> onnx", passed=True, samples=3, tensors=many),
+        HopParity(
+            hop="onnx -> int8",
+            passed=False,
+            samples=3,
+            tensors=(
+                tensor("y", 7.25, passed=False, reason="clipped"),
+                tensor("z", 50.0, passed=False, layout="NHWC -> NCHW"),
+                tensor("n", -200.0, passed=False, nonfinite=2),
+            ),
+            findings=("saturated int8: half of it",),
+        ),
+    )
+    plot = ladder(hops)
+    assert plot is not None
+    assert "The first hop that differs is onnx -> int8" in plot.text
+    assert "torch -&gt; exported" in plot.svg
+    for text in ("y exact", "y 7.2 dB, differs", "z 50.0 dB after NHWC -&gt; NCHW, differs", "n NaN or Inf, differs", "asked of int8"):
+        assert text in plot.svg
+    assert "out5" in plot.text
+    assert "out0" not in plot.text
+    assert ladder(()) is None
+    text = Reader(render_report(sample(parity=hops))).text
+    for cell in ("0.8750", "0.0625", "saturated int8: half of it"):
+        assert cell in text
 
 
 def test_parity_says_what_its_tolerance_is_relative_to() -> None:
