@@ -228,7 +228,9 @@ def load_graph() -> FormatGraph:
 def _edges_of(name: str) -> list[Edge]:
     """The edges of one converter, one for each of its precisions."""
     kind = registry.load("converters", name)
-    source, target, precisions = (getattr(kind, key, None) for key in ("source", "target", "precisions"))
+    source: str = getattr(kind, "source", "")
+    target: str = getattr(kind, "target", "")
+    precisions: tuple[Precision, ...] = getattr(kind, "precisions", ())
     if source not in FORMATS or target not in FORMATS or target == TORCH or not precisions or not all(isinstance(item, Precision) for item in precisions):
         raise RegistryError(
             "its class attributes source, target and precisions do not make an edge",
