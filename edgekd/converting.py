@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import CalibrationSet, ConvertRequest, Target, Tensors
+from edgekd.contracts import Array, CalibrationSet, ConvertRequest, Target, Tensors
 from edgekd.converting_inputs import CHANNEL_LAST, Source, given_inputs, open_source, refit, source_format
 from edgekd.errors import ConfigError, ParityRejected, UnsupportedModel
 from edgekd.formats import HOST_PROFILES, FormatGraph, Route, load_graph
@@ -93,7 +93,7 @@ def convert(
     to: str,
     *,
     precision: Precision | str | None = None,
-    calibration: Tensors | Path | str | None = None,
+    calibration: Tensors | Array | Path | str | None = None,
     via: Sequence[str] = (),
     example: Any = None,
     out: Path | str,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import edgekd
@@ -59,4 +58,4 @@ def test_onnx_by_way_of_a_saved_model_is_compared_over_it(tmp_path: Path, need: 
     assert (tmp_path / "folder" / "saved_model.pb").is_file()
     again = edgekd.convert(tmp_path / "folder", to="tflite", example=SOME, out=tmp_path / "again.tflite", environments=home, progress=False)
     assert (folder.parity, again.parity) == ((), ())
-    assert np.prod(again.artifact.iospec.inputs[0].shape) == 192
+    assert sorted(map(str, again.artifact.iospec.inputs[0].shape)) == ["1", "3", "8", "8"]
