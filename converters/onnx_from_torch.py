@@ -39,6 +39,8 @@ class OnnxFromTorch:
     source = "torch"
     target = "onnx"
     precisions: tuple[Precision, ...] = (Precision.FP32,)
+    needs: Mapping[str, str] = {"torch": "distill", "onnx": "distill", "onnxscript": "distill"}
+    cost_s = 7.0
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The exported file `model.onnx` in `request.folder`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class PrepareOnnx:
     source = "onnx"
     target = "onnx"
     precisions: tuple[Precision, ...] = (Precision.FP32,)
+    needs: Mapping[str, str] = {"onnx": "x86", "onnxruntime": "x86"}
+    cost_s = 1.0
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The prepared file in `request.folder`; a source that is prepared already is copied there.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, ModelError
@@ -21,6 +23,8 @@ class PrepareTflite:
     source = "tflite"
     target = "tflite"
     precisions: tuple[Precision, ...] = (Precision.FP32,)
+    needs: Mapping[str, str] = {"ai_edge_litert": "litert"}
+    cost_s = 1.0
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The prepared file in `request.folder`; a source that is prepared already is copied there.

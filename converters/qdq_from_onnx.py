@@ -45,6 +45,8 @@ class QdqFromOnnx:
     source = "onnx"
     target = "onnx"
     precisions: tuple[Precision, ...] = (Precision.INT8,)
+    needs: Mapping[str, str] = {"onnx": "x86", "onnxruntime": "x86"}
+    cost_s = 2.0
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The quantized file `model.onnx` in `request.folder`; the same request gives the same bytes.

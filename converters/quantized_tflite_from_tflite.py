@@ -50,6 +50,9 @@ class QuantizedTfliteFromTflite:
     source = "tflite"
     target = "tflite"
     precisions: tuple[Precision, ...] = (Precision.INT8, Precision.FP16)
+    needs: Mapping[str, str] = {"ai_edge_litert": "litert", "ai_edge_quantizer": "android"}
+    cost_s = 3.0
+    precision_options: Mapping[str, Mapping[str, str]] = {"fp16": {"scheme": "fp16"}}
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The quantized file `model.tflite` in `request.folder`; the same request gives the same bytes.

@@ -10,7 +10,7 @@ from edgekd.errors import ModelError
 from edgekd.records import Format, Precision
 
 from ._child import WORKERS, limits_of, run_worker, work_folder
-from ._saved_model import described, refuse_quantizing, require_names, store_saved_model, stored_source, tensorflow_python
+from ._saved_model import ENVIRONMENT, described, refuse_quantizing, require_names, store_saved_model, stored_source, tensorflow_python
 from ._tflite_edges import check_options
 
 
@@ -26,6 +26,9 @@ class SavedModelFromKeras:
     source = "keras"
     target = "saved_model"
     precisions: tuple[Precision, ...] = (Precision.FP32,)
+    environment = ENVIRONMENT
+    environment_here = "tensorflow"
+    cost_s = 15.0
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The SavedModel in `request.folder`: `saved_model.pb` and the files of its weights.

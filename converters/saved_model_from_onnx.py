@@ -45,6 +45,9 @@ class SavedModelFromOnnx:
     source = "onnx"
     target = "saved_model"
     precisions: tuple[Precision, ...] = (Precision.FP32,)
+    environment = ENVIRONMENT
+    needs: Mapping[str, str] = {"onnx": "x86"}
+    cost_s = 20.0
 
     def supports(self, source: StoredArtifact) -> SupportReport:
         """Whether onnx-tf knows every operator of the model in its version; `missing` names those that it does not, and why.

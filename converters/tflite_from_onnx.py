@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ class TfliteFromOnnx:
     source = "onnx"
     target = "tflite"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.INT8)
+    environment = ENVIRONMENT
+    needs: Mapping[str, str] = {"onnx": "x86", "ai_edge_litert": "litert"}
+    cost_s = 25.0
+    precision_options: Mapping[str, Mapping[str, str]] = {"fp16": {"precision": "fp16"}}
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The file `model.tflite` in `request.folder`; the same request gives the same bytes.

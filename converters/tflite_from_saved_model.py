@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from edgekd.artifact import StoredArtifact
@@ -9,7 +10,7 @@ from edgekd.contracts import ConvertRequest
 from edgekd.records import Format, IOSpec, Precision
 
 from ._child import WORKERS, limits_of, run_worker, work_folder
-from ._saved_model import described, fixed_binding, require_names, stored_source, tensorflow_python
+from ._saved_model import ENVIRONMENT, described, fixed_binding, require_names, stored_source, tensorflow_python
 from ._tflite_edges import calibration_arrays, check_options, finish, kind_of, one_sample, save_arrays
 
 
@@ -27,6 +28,11 @@ class TfliteFromSavedModel:
     source = "saved_model"
     target = "tflite"
     precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.INT8)
+    environment = ENVIRONMENT
+    environment_here = "tensorflow"
+    needs: Mapping[str, str] = {"ai_edge_litert": "litert"}
+    cost_s = 15.0
+    precision_options: Mapping[str, Mapping[str, str]] = {"fp16": {"precision": "fp16"}}
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The file `model.tflite` in `request.folder`; the same request gives the same bytes.

@@ -64,6 +64,8 @@ class TfliteFromTorch:
     source = "torch"
     target = "tflite"
     precisions: tuple[Precision, ...] = (Precision.FP32,)
+    needs: Mapping[str, str] = {"torch": "distill", "litert_torch": "android"}
+    cost_s = 15.0
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The converted file `model.tflite` in `request.folder`.

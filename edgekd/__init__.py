@@ -26,6 +26,7 @@ _FACE = {
     "bench": "edgekd.benching",
     "compress": "edgekd.pipeline",
     "connect": "edgekd.target",
+    "convert": "edgekd.converting",
     "gate": "edgekd.gating",
     "validate": "edgekd.gating",
 }
@@ -45,12 +46,14 @@ __all__ = [
     "bench",
     "compress",
     "connect",
+    "convert",
     "gate",
     "validate",
 ]
 
 if TYPE_CHECKING:
     from edgekd.benching import bench as bench
+    from edgekd.converting import convert as convert
     from edgekd.data import Arrays as Arrays
     from edgekd.errors import EdgekdError as EdgekdError
     from edgekd.gating import gate as gate

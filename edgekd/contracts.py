@@ -266,7 +266,12 @@ class ConvertRequest:
 
 @runtime_checkable
 class Converter(Protocol):
-    """A host-side function from file to file (or from a module to a file). Constructed without arguments."""
+    """A host-side function from file to file (or from a module to a file). Constructed without arguments.
+
+    Optional class attributes are read by the format graph: `environment` (the name of the `edgekd env` that it runs in), `environment_here`
+    (a module that makes that environment superfluous where it is installed), `needs` (module to the extra that installs it, "" for the
+    module's own package), `cost_s` (rough seconds, to rank roads) and `precision_options` (precision to the options that ask for it).
+    """
 
     name: str
     source: str

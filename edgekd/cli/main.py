@@ -18,7 +18,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("edgekd.cli.device:bench", "Measure the latency of a model on a target."),
     "cache": ("edgekd.cli.store:cache", "List or remove what runs keep for later runs."),
     "compress": ("edgekd.cli.run:compress", "Make a student that meets a budget, from a job file or one ONNX file."),
-    "convert": ("edgekd.cli.run:convert", "Convert a model, and quantize it, without a budget."),
+    "convert": ("edgekd.cli.convert:convert", "Convert a model, and quantize it, by the best road; compared at every hop, no budget."),
     "demo": ("edgekd.cli.run:demo", "Run the whole pipeline on handwritten digits."),
     "doctor": ("edgekd.cli.device:doctor", "Say what is installed, what is missing and which targets can be opened."),
     "env": ("edgekd.cli.env:env", "Make, list or remove the environments that some converters run in."),

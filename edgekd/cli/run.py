@@ -1,4 +1,4 @@
-"""Commands that make something: demo, compress, convert."""
+"""Commands that make something by a run: demo, compress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.cli.common import FILE, FOLDER, json_option, print_json, print_ledger, print_table, print_verdict, require, say, set_option, target_option
+from edgekd.cli.common import FILE, FOLDER, json_option, print_json, print_ledger, print_verdict, require, set_option, target_option
 
 if TYPE_CHECKING:
     from edgekd.result import Result
@@ -172,101 +172,3 @@ def _quantize_only(model: Path, overrides: tuple[str, ...], run_dir: Path | None
             options=options,
             task=only["task"],
         )
-
-
-@click.command()
-@click.argument("model", type=FILE)
-@click.option("--to", "to_format", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="The format to convert to.")
-@click.option("--precision", type=click.Choice(["fp32", "int8"]), default="fp32", show_default=True, help="The arithmetic to convert to.")
-@click.option("--calibration", type=FOLDER, help="For int8: a folder with NAME.npy for each input, (samples, ...).")
-@click.option("--method", type=click.Choice(["minmax", "percentile", "entropy"]), default="minmax", show_default=True, help="How ranges are taken.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The file to write (.onnx), or a folder for a model with external data.")
-@target_option()
-@set_option
-def convert(model: Path, to_format: str, precision: str, calibration: Path | None, method: str, out: Path, target: str, overrides: tuple[str, ...]) -> int:
-    """Convert MODEL (.onnx) with its batch bound to 1; to int8 in the scheme that suits the target.
-
-    Makes no claim about latency or accuracy: `edgekd bench` and `edgekd compress` do. The outputs are compared on the
-    calibration inputs.
-    """
-    if (precision == "int8") != (calibration is not None):
-        raise click.UsageError("--calibration FOLDER goes with --precision int8, and int8 needs it")
-    import tempfile
-
-    from edgekd.onnx_io import import_onnx
-    from edgekd.storage import copy_file
-
-    with tempfile.TemporaryDirectory(prefix="edgekd-convert-") as name:
-        made = import_onnx(model, Path(name) / "float")
-        if calibration is not None:
-            made = _to_int8(made, Path(name) / "int8", calibration, method, target, overrides)
-        extra = sorted(set(made.record.files) - {made.record.entry})
-        if out.suffix == ".onnx" and extra:
-            raise click.UsageError(f"the model has external data ({', '.join(extra)}): give a folder to -o, not a file")
-        if out.suffix == ".onnx":
-            copy_file(made.entry, out)
-        else:
-            made.copy_to(out)
-            made.record.save(out / "artifact.json")
-    click.echo(f"{out}: {to_format}, {made.record.precision.value}, {made.record.size_bytes} bytes, SHA-256 {made.record.files[made.record.entry]}")
-    return 0
-
-
-def _to_int8(source: Any, folder: Path, calibration: Path, method: str, target: str, overrides: tuple[str, ...]) -> Any:
-    """The int8 artifact, after printing how its outputs compare with the source's on the calibration inputs."""
-    from edgekd.contracts import ConvertRequest
-    from edgekd.errors import UnsupportedModel
-    from edgekd.npy import load_inputs
-    from edgekd.parity import compare_hop
-    from edgekd.parity_graph import output_ranges
-    from edgekd.quantize.calibrate import calibration_set
-    from edgekd.quantize.recipes import candidate_schemes, make_recipe
-    from edgekd.records import Precision
-    from edgekd.registry import load
-
-    inputs = load_inputs(calibration, source.record.iospec)
-    data = calibration_set(inputs, split=f"folder {calibration.name}")
-    folder.mkdir()
-    with connect_to(target, overrides) as live:
-        schemes = candidate_schemes(live.capabilities)
-        if not schemes:
-            raise UnsupportedModel("the target runs no int8", found=live.name, hint="edgekd doctor TARGET lists what it can do", subject=live.name)
-        say(f"calibrating scheme {schemes[0]} by {method} on {len(next(iter(inputs.values())))} samples of {calibration}")
-        request = ConvertRequest(
-            source=source,
-            folder=folder,
-            iospec=source.record.iospec,
-            example={key: value[:1] for key, value in inputs.items()},
-            recipe=make_recipe(schemes[0], method, data),
-            calibration=data,
-            infer=live.runtime.infer if live.capabilities.taps else None,
-        )
-        made = load("converters", "qdq-from-onnx")().convert(request)
-        some = {key: value[:32] for key, value in inputs.items()}
-        hop = compare_hop(
-            "float -> int8",
-            live.runtime.infer(source, some),
-            live.runtime.infer(made, some),
-            precision=Precision.INT8,
-            depth=int(made.record.metadata.get("depth", "50")),
-            limits=output_ranges(made),
-        )
-        rows = [
-            (item.name, "within tolerance" if item.passed else f"DIFFERS: {item.reason}", f"{item.sqnr_db:.1f} dB", f"{item.cosine:.6f}", f"{item.max_abs:.3g}")
-            for item in hop.tensors
-        ]
-        mark = f", SIMULATED ({live.simulated})" if live.simulated else ""
-        print_table(
-            f"Outputs against the source on {hop.samples} samples, run on {live.name}{mark}",
-            ("output", "result", "signal to error", "cosine", "largest error"),
-            rows,
-            numeric=(2, 3, 4),
-        )
-        return made
-
-
-def connect_to(target: str, overrides: tuple[str, ...]) -> Any:
-    """The target, not yet open."""
-    from edgekd.target import connect
-
-    return connect(target, overrides=overrides)

@@ -135,6 +135,10 @@ def test_module_and_version_work_from_the_shell() -> None:
         (("compress", "net.onnx"), "compress --quantize-only net.onnx --data FOLDER"),
         (("compress", "no-such-job.toml"), "check the path"),
         (("convert", "x.onnx", "-o", "y.onnx", "--precision", "int8"), "--calibration"),
+        (("convert", "x.onnx"), "--plan"),
+        (("convert", "x.onnx", "-o", "y.onnx"), "check the path"),
+        (("convert", "no_such_module:net", "-o", "y.onnx"), "run from the folder that holds it"),
+        (("convert", "json:JSONEncoder", "--to", "tflit", "--plan"), "tflite (did you mean this?)"),
         (("gate", "no-such-bundle"), "manifest.json"),
         (("bench", "no-such.onnx", "--target", "null"), "check the path"),
         (("bench", "x.onnx", "--target", "nul"), "null (did you mean this?)"),
@@ -283,6 +287,19 @@ def test_convert_to_int8_writes_a_model_and_compares_it(model: Path, tmp_path: P
     again = edgekd("convert", out, "-o", tmp_path / "folder")
     assert "int8" in again.stdout
     assert (tmp_path / "folder" / "artifact.json").is_file()
+
+
+def test_convert_plan_lists_the_roads_with_what_is_missing_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    done = edgekd("convert", model / "net.onnx", "--to", "tflite", "--precision", "int8", "--environments", none, "--plan", "--json")
+    assert done.exit_code == 0, done.output
+    roads = json.loads(done.stdout)["routes"]
+    assert roads[0]["converters"] == ["tflite-from-onnx"]
+    assert f"edgekd env create onnx2tf --path {none}" in roads[0]["missing"]
+    shown = edgekd("convert", model / "net.onnx", "--precision", "int8", "--plan")
+    assert "->  " in shown.stdout
+    assert "onnx --qdq-from-onnx--> onnx int8" in shown.stdout
+    assert not none.exists()
 
 
 def test_run_is_listed_and_its_report_is_written_again(run_dir: Path) -> None:

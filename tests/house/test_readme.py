@@ -33,6 +33,7 @@ SIMULATED = {
     "bench": "--target null",
     "compress job.toml": "--set target=null --set options.accept_simulated=true --set options.train.threads=1",
     "compress --quantize-only": "--target null --accept-simulated",
+    "convert model.onnx --to onnx --precision int8 --plan": "",
     "convert": "--target null",
     "doctor": "null",
     "validate": "--target null --accept-simulated",

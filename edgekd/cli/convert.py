@@ -1,0 +1,177 @@
+"""The command convert: a model in another format and precision, by the best road or the one that is named."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekd.cli.common import FILE, FOLDER, json_option, print_json, print_table, say, set_option, target_option
+
+if TYPE_CHECKING:
+    from edgekd.converting import Conversion
+    from edgekd.formats import Route
+
+_ENDINGS = {".onnx": "onnx", ".tflite": "tflite"}
+
+
+@click.command()
+@click.argument("model")
+@click.option("--to", "to_format", help="The format to convert to: onnx, tflite or saved_model. Default: by the ending of -o, else that of MODEL.")
+@click.option("--precision", help="The arithmetic to convert to: fp32, fp16 or int8. Default: that of MODEL.")
+@click.option("--calibration", type=FOLDER, help="For int8: a folder with NAME.npy for each input, (samples, ...).")
+@click.option("--inputs", type=FOLDER, help="A folder with NAME.npy for each input, to compare hops on. Default: those of --calibration, else random.")
+@click.option("--via", default="", help="Converters or formats that the road must pass, in order, with commas between.")
+@click.option("--plan", is_flag=True, help="List the roads, best first, with what is missing for each, and stop.")
+@click.option("--scheme", help="For int8: the quantization scheme. Default: the first of the target that runs the last format.")
+@click.option("--method", type=click.Choice(["minmax", "percentile", "entropy"]), default="minmax", show_default=True, help="How ranges are taken.")
+@click.option("--iospec", type=FILE, help="For a Keras file or a SavedModel: a JSON file that says what it takes and gives.")
+@click.option("--environments", type=FOLDER, help="The folder of the converters' environments, as in `edgekd env --path`.")
+@click.option("--allow-divergence", is_flag=True, help="Write the file although a hop computes something else.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write, or a folder for a model of several files.")
+@target_option(None)
+@set_option
+@json_option
+def convert(
+    model: str,
+    to_format: str | None,
+    precision: str | None,
+    calibration: Path | None,
+    inputs: Path | None,
+    via: str,
+    plan: bool,
+    scheme: str | None,
+    method: str,
+    iospec: Path | None,
+    environments: Path | None,
+    allow_divergence: bool,
+    out: Path | None,
+    target: str | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Convert MODEL, with its batch bound to 1, by the best road that is ready here; every hop is compared.
+
+    MODEL is a file (.onnx, .tflite, .keras), a SavedModel folder, or MODULE:NAME of a torch module or a function that makes it. Makes no claim
+    about latency or accuracy: `edgekd bench` and `edgekd compress` do. Nothing is written when a hop computes something else.
+    """
+    steps = tuple(part.strip() for part in via.split(",") if part.strip())
+    if plan:
+        return _plan(model, to_format or _to(out), precision, steps, environments, as_json)
+    if out is None:
+        raise click.UsageError("say where the result goes: -o FILE, or --plan to list the roads only")
+    if overrides and target is None:
+        raise click.UsageError("--set needs --target")
+    if (precision == "int8") != (calibration is not None):
+        raise click.UsageError("--calibration FOLDER goes with --precision int8, and int8 needs it")
+    import edgekd
+    from edgekd.converting_inputs import source_format
+    from edgekd.records import IOSpec
+
+    source: Any = _module(model) if _is_named(model) else Path(model)
+    made = edgekd.convert(
+        source,
+        to_format or _to(out) or source_format(source),
+        precision=precision,
+        calibration=calibration,
+        via=steps,
+        example=inputs,
+        out=out,
+        scheme=scheme,
+        method=method,
+        target=target,
+        overrides=overrides,
+        iospec=None if iospec is None else IOSpec.load(iospec),
+        environments=environments,
+        allow_divergence=allow_divergence,
+        progress=say,
+    )
+    if as_json:
+        print_json(made.to_builtins())
+    else:
+        _print(made)
+    return 0
+
+
+def _to(out: Path | None) -> str | None:
+    return None if out is None else _ENDINGS.get(out.suffix)
+
+
+def _is_named(model: str) -> bool:
+    return ":" in model and not Path(model).exists()
+
+
+def _print(made: Conversion) -> None:
+    """The comparison of every hop as a table, then what was written."""
+    rows = [
+        (
+            hop.hop,
+            item.name,
+            "within tolerance" if item.passed else f"DIFFERS: {item.reason}",
+            f"{item.sqnr_db:.1f} dB",
+            f"{item.cosine:.6f}",
+            f"{item.max_abs:.3g}",
+        )
+        for hop in made.parity
+        for item in hop.tensors
+    ]
+    if rows:
+        places = ", ".join(f"{name} on {place}" for name, place in made.ran_on.items())
+        title = f"Hops compared on {made.inputs}; run: {places}"
+        print_table(title, ("hop", "output", "result", "signal to error", "cosine", "largest error"), rows, numeric=(3, 4, 5))
+    for note in made.notes:
+        click.echo(f"note: {note}")
+    record = made.artifact
+    click.echo(f"{made.out}: {record.format.value}, {record.precision.value}, {record.size_bytes} bytes, SHA-256 {record.files[record.entry]}")
+
+
+def _plan(model: str, to: str | None, precision: str | None, via: tuple[str, ...], environments: Path | None, as_json: bool) -> int:
+    """Print the roads, best first; the first that is ready is the one that would be taken."""
+    from edgekd.converting_inputs import source_format
+    from edgekd.formats import TORCH, load_graph
+    from edgekd.records import Precision
+
+    source = TORCH if _is_named(model) else source_format(Path(model))
+    wanted = precision or Precision.FP32.value
+    graph = load_graph()
+    found = graph.routes(source, to or source, wanted, via)
+    if not found:
+        raise graph.no_route(source, to or source, Precision(wanted), via)
+    if as_json:
+        print_json({"routes": [{"converters": list(route.converters), "missing": list(route.missing(environments))} for route in found]})
+        return 0
+
+    def state(route: Route) -> str:
+        lines = route.missing(environments)
+        return f"needs: {'; '.join(lines)}" if lines else "ready"
+
+    taken = next((route for route in found if not route.missing(environments)), None)
+    rows = [("->" if route is taken else "", str(route), state(route)) for route in found]
+    print_table(f"Roads from {source} to {to or source} in {wanted}, best first", ("taken", "road", "state"), rows)
+    return 0
+
+
+def _module(text: str) -> Any:
+    """The torch module called `module:name`, from the current folder or an installed package; a function is called without arguments."""
+    from edgekd.errors import ConfigError, near_names
+
+    module_name, _, name = text.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"the module {module_name!r} cannot be imported", found=str(error), hint="run from the folder that holds it", subject=text) from error
+    finally:
+        sys.path.remove(here)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(
+                f"{module_name} has no {name!r}", found=text, allowed=near_names(part, [key for key in vars(found) if key[0] != "_"]), subject=text
+            )
+        found = getattr(found, part)
+    return found() if inspect.isroutine(found) or inspect.isclass(found) else found

@@ -1,0 +1,112 @@
+"""Converters of another package, as pip would leave them: tiny fake edges around an ONNX file, some with a fault."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+_SOURCE = '''
+from edgekd.artifact import store_artifact
+from edgekd.onnx_io import load_model, write_model
+from edgekd.records import Format, Precision
+from edgekd.storage import copy_file
+
+
+class Copy:
+    """The file of the source under another name and format."""
+
+    precisions = (Precision.FP32,)
+    cost_s = 1.0
+    scale = 1.0
+
+    def convert(self, request):
+        entry = {"saved_model": "saved_model.pb", "keras": "model.keras", "onnx": "model.onnx"}[self.target]
+        if self.scale == 1.0:
+            copy_file(request.source.entry, request.folder / entry)
+        else:
+            import onnx
+            model = load_model(request.source.entry)
+            weight = model.graph.initializer[0]
+            weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * self.scale, weight.name))
+            write_model(model, request.folder, entry)
+        given = Precision.FP16 if self.name == "fake-liar" else Precision.FP32
+        return store_artifact(request.folder, entry, format=Format(self.target), precision=given, iospec=request.source.record.iospec)
+
+
+class Pack(Copy):
+    name, source, target = "fake-pack", "onnx", "saved_model"
+
+
+class LinearToSavedModel(Copy):
+    """A torch.nn.Linear as an ONNX file that is called a SavedModel."""
+
+    name, source, target = "fake-saved-model-from-linear", "torch", "saved_model"
+
+    def convert(self, request):
+        import onnx
+
+        (x,), (y,) = request.iospec.inputs, request.iospec.outputs
+        values = [item.detach().numpy() for item in request.source.parameters()]
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("Gemm", [x.name, "w", "b"], [y.name], transB=1)],
+            "linear",
+            [onnx.helper.make_tensor_value_info(x.name, onnx.TensorProto.FLOAT, [1, *x.shape[1:]])],
+            [onnx.helper.make_tensor_value_info(y.name, onnx.TensorProto.FLOAT, [1, *y.shape[1:]])],
+            [onnx.numpy_helper.from_array(value, name) for name, value in zip("wb", values)],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+        write_model(model, request.folder, "saved_model.pb")
+        return store_artifact(request.folder, "saved_model.pb", format=Format.SAVED_MODEL, precision=Precision.FP32, iospec=request.iospec)
+
+
+class Unpack(Copy):
+    name, source, target = "fake-unpack", "saved_model", "onnx"
+
+
+class KerasToOnnx(Copy):
+    name, source, target = "fake-onnx-from-keras", "keras", "onnx"
+    environment = "onnx2tf"
+
+
+class KerasToOnnxHere(Copy):
+    name, source, target = "fake-onnx-from-keras-here", "keras", "onnx"
+    needs = {"no_such_module_anywhere": "", "no_such_other_module": "x86"}
+
+
+class KerasDear(Copy):
+    name, source, target = "fake-dear", "keras", "onnx"
+    cost_s = 100.0
+
+
+class Polish(Copy):
+    name, source, target = "fake-polish", "onnx", "onnx"
+
+
+class Spoil(Copy):
+    name, source, target = "fake-spoil", "onnx", "onnx"
+    scale = 1.5
+
+
+class Liar(Copy):
+    name, source, target = "fake-liar", "onnx", "onnx"
+
+
+class Foreign(Copy):
+    name, source, target = "fake-foreign", "onnx", "paper"
+'''
+_numbers = itertools.count()
+
+
+def install_converters(folder: Path, monkeypatch: pytest.MonkeyPatch, **names: str) -> None:
+    """Converters by entry points until the test ends: `fake_pack="Pack"` registers that class as `fake-pack`."""
+    module = f"edgekd_converters_under_test_{next(_numbers)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{module}.py").write_text(_SOURCE, encoding="utf-8")
+    info = folder / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n", encoding="utf-8")
+    lines = "".join(f"{name.replace('_', '-')} = {module}:{attribute}\n" for name, attribute in names.items())
+    (info / "entry_points.txt").write_text(f"[edgekd.converters]\n{lines}", encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
