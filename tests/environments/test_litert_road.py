@@ -23,28 +23,34 @@ pytestmark = [pytest.mark.torch, pytest.mark.environments]
 
 QUICK = (
     "measure.verdict.launch.warmup_min_s=0.05",
+    "measure.verdict.launch.warmup_max_s=0.1",
     "measure.verdict.launch.min_time_s=0.05",
     "measure.screen.launch.warmup_min_s=0.05",
+    "measure.screen.launch.warmup_max_s=0.1",
     "measure.screen.launch.min_time_s=0.05",
+    *(f"measure.limits.{name}=off" for name in ("cpu_share_min", "steal_max", "sentinel_drift_max", "spread_max", "frequency_drop_max")),
 )
+"""Short launches that all count: the road is tested here, and not how still this machine is."""
+
 OPTIONS = kit.options(
     train=msgspec.structs.replace(kit.OPTIONS.train, epochs=12),
     quantize=QuantizeOptions(calibration_size=64, methods=("minmax",)),
     search=msgspec.structs.replace(kit.OPTIONS.search, measurements=2, finalists=1),
     accept_simulated=False,
 )
-TEACHER_WIDTH = 96
+TEACHER_WIDTH = 192
+"""More than ten times the arithmetic of the widest student, so that the budget is not near."""
 
 
 def road(profile: str, folder: Path) -> Result:
-    """Digits-sized teacher, students of two widths, under nine tenths of the teacher's latency."""
+    """A teacher of 8x8 images, students of two widths, under a fifth of the teacher's latency."""
     overrides = (*QUICK, f"transport.workdir={folder / 'device'}", f"runtime.options.lock={folder / 'lock'}")
     given = kit.arguments(
         "classification",
         folder / "run",
         teacher=kit.make_teacher("classification", TEACHER_WIDTH),
         student=kit.family("classification", width=[8, 16]),
-        budget=Budget(latency_share=0.9, percentile=50, max_drop=0.3),
+        budget=Budget(latency_share=0.2, percentile=50, max_drop=0.3),
         options=OPTIONS,
     )
     with connect(profile, overrides=overrides) as live:
@@ -59,9 +65,8 @@ def litert(tmp_path_factory: pytest.TempPathFactory) -> Result:
 def test_the_road_ends_in_a_tflite_bundle_with_a_verdict(litert: Result) -> None:
     assert litert.bundle is not None
     assert litert.verdict.simulated == ""
-    assert {check.name for check in litert.verdict.checks} >= {"latency", "accuracy"}
-    accuracy = next(check for check in litert.verdict.checks if check.name == "accuracy")
-    assert accuracy.outcome is Outcome.PASS, accuracy.reason
+    assert {check.name for check in litert.verdict.checks} == {"latency", "accuracy drop"}
+    assert litert.verdict.outcome is Outcome.PASS, litert.verdict.reason
     bundle = open_bundle(litert.bundle)
     assert bundle.manifest.artifact.format is Format.TFLITE
     assert bundle.artifact.entry.name == "model.tflite"
@@ -99,7 +104,7 @@ def test_the_bundle_is_gated_by_itself(litert: Result, tmp_path: Path) -> None:
     overrides = (f"transport.workdir={tmp_path / 'device'}", f"runtime.options.lock={tmp_path / 'lock'}")
     with connect("litert-local", overrides=(*QUICK, *overrides)) as live:
         result = gate(litert.bundle, target=live)
-    accuracy = next(check for check in result.verdict.checks if check.name == "accuracy")
+    accuracy = next(check for check in result.verdict.checks if check.name == "accuracy drop")
     assert accuracy.outcome is Outcome.PASS
     assert result.student_accuracy == pytest.approx(open_bundle(litert.bundle).manifest.accuracy)
     assert result.verdict.outcome is not Outcome.FAIL or any(check.name == "latency" for check in result.verdict.checks)
@@ -124,13 +129,8 @@ def test_the_same_teacher_ends_in_an_onnx_bundle_by_the_same_stages(litert: Resu
     result = road("local", tmp_path)
     assert result.bundle is not None
     assert open_bundle(result.bundle).manifest.artifact.format is Format.ONNX
-    assert [row.stage for row in _once(result)] == [row.stage for row in _once(litert)]
-    teachers = [open_bundle(bundle).evaluation().teacher["output"] for bundle in (result.bundle, litert.bundle) if bundle is not None]
-    np.testing.assert_array_equal(*teachers)
-
-
-def _once(result: Result) -> list[object]:
-    seen: dict[str, object] = {}
-    for row in result.ledger.rows:
-        seen.setdefault(row.stage, row)
-    return list(seen.values())
+    assert litert.bundle is not None
+    stages = [list(dict.fromkeys(row.stage for row in one.ledger.rows)) for one in (result, litert)]
+    assert stages[0] == stages[1]
+    onnx, tflite = (open_bundle(bundle).evaluation().teacher["output"] for bundle in (result.bundle, litert.bundle))
+    np.testing.assert_array_equal(onnx, tflite)
