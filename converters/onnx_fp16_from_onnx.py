@@ -41,6 +41,8 @@ class OnnxFp16FromOnnx:
     source = "onnx"
     target = "onnx"
     precisions: tuple[Precision, ...] = (Precision.FP16,)
+    needs: Mapping[str, str] = {"onnx": "x86", "onnxruntime": "x86"}
+    cost_s = 2.0
 
     def convert(self, request: ConvertRequest) -> StoredArtifact:
         """The converted file `model.onnx` in `request.folder`; the same request gives the same bytes.

@@ -23,7 +23,10 @@ from edgekd.tree import first_line
 R = TypeVar("R", bound=Record)
 
 MANIFEST = "manifest.json"
-_PACKAGES = ("edgekd", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "lightning-fabric", "scipy", "safetensors")
+_PACKAGES = (
+    *("edgekd", "numpy", "onnx", "onnxruntime", "onnxscript", "torch", "lightning-fabric", "scipy", "safetensors"),
+    *("ai-edge-litert", "ai-edge-quantizer", "litert-torch"),
+)
 
 
 class EvaluationIndex(Record, tag="edgekd.evaluation/1", frozen=True, kw_only=True):
@@ -234,19 +237,27 @@ def _sizes(tensor: TensorSpec, binding: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _snippet(manifest: Manifest) -> str:
-    """Five lines of Python that run the artifact; empty for formats other than ONNX."""
-    if manifest.artifact.format is not Format.ONNX:
+    """A few lines of Python that run the artifact; empty for formats other than ONNX and TFLite."""
+    if manifest.artifact.format not in (Format.ONNX, Format.TFLITE):
         return ""
     binding = manifest.artifact.iospec.static_binding
     feeds = ", ".join(f"{tensor.name!r}: np.zeros({_sizes(tensor, binding)}, np.{np.dtype(tensor.dtype).name})" for tensor in manifest.artifact.iospec.inputs)
     threads = manifest.fingerprint.fields.get("threads", "1")
-    lines = (
+    onnx = (
         "import numpy as np, onnxruntime as ort",
         f"options = ort.SessionOptions(); options.intra_op_num_threads = {threads}",
         f'session = ort.InferenceSession("artifact/{manifest.artifact.entry}", options, providers=["CPUExecutionProvider"])',
         f"outputs = session.run(None, {{{feeds}}})",
         "print(*(output.shape for output in outputs))",
     )
+    tflite = (
+        "import numpy as np",
+        "from ai_edge_litert.interpreter import Interpreter",
+        f'runner = Interpreter("artifact/{manifest.artifact.entry}", num_threads={threads}).get_signature_runner()',
+        f"outputs = runner(**{{{feeds}}})",
+        "print(*(f'{name} {output.shape}' for name, output in outputs.items()))",
+    )
+    lines = onnx if manifest.artifact.format is Format.ONNX else tflite
     return "\nTo run it from this folder, with your arrays in place of the zeros:\n\n```python\n" + "\n".join(lines) + "\n```\n"
 
 

@@ -89,7 +89,7 @@ def _measured_teacher(target: Target, run_dir: Path, say: Callable[[str], None])
     from edgekd.contracts import ConvertRequest
     from edgekd.measure import Subject, screen
     from edgekd.records import IOSpec, TensorSpec
-    from edgekd.registry import load
+    from edgekd.toolchain import toolchain_of
 
     path = run_dir / "demo.json"
     if path.is_file():
@@ -101,7 +101,7 @@ def _measured_teacher(target: Target, run_dir: Path, say: Callable[[str], None])
     for blocks in _BLOCKS:
         with tempfile.TemporaryDirectory(prefix="edgekd-demo-") as name:
             request = ConvertRequest(source=make_net(_TEACHER_WIDTH, blocks), folder=Path(name), iospec=spec, example={"input": example["input"][:1]})
-            model = load("converters", "onnx-from-torch")().convert(request)
+            model = toolchain_of(target.capabilities).converter("exporter").convert(request)
             seen = screen(target, [Subject("teacher", model, example)], percentile=50.0, limits=target.profile.measure.limits, seed=0)["teacher"]
         latency_ms = seen.latency_ms if seen.measurement.valid else 0.0
         say(

@@ -20,6 +20,7 @@ from edgekd.stages import Listener, StageStore
 from edgekd.steps.context import Context
 from edgekd.tasks import as_task
 from edgekd.teachers import as_teacher, forward_names
+from edgekd.toolchain import require_road
 from edgekd.verdict import require_samples
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def make_context(
         split.require_repeatable()
     if getattr(student, "onnx", None) is not None:
         store.about |= {"search": "nothing to choose: the student is a file", "distil": "nothing to train: the student is a file"}
-    return Context(
+    context = Context(
         target=target,
         task=meaning,
         teacher=known,
@@ -75,6 +76,8 @@ def make_context(
         cache_dir=store.run_dir.parent / CACHE_NAME if cache_dir is None else Path(cache_dir),
         callbacks=callbacks,
     )
+    require_road(context.toolchain, known, student)
+    return context
 
 
 def compress(

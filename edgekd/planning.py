@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from edgekd.records import Precision, Record
+from edgekd.quantize.recipes import candidate_schemes, timed_schemes
+from edgekd.records import Format, Precision, Record
 from edgekd.screening import launches_each
 from edgekd.stages import STAGES
 from edgekd.steps.baseline import BaselineOut
@@ -13,7 +14,8 @@ from edgekd.steps.inputs import baseline_inputs, run_facts, search_inputs
 from edgekd.steps.search import SearchOut
 
 _START_S = 0.6
-_EXPORT_S = 3.0
+_EXPORT_S = {Format.ONNX: 3.0, Format.TFLITE: 8.0}
+"""Seconds that a small network takes to become a file; the first one takes some more, for the libraries to load."""
 _MEGABYTE = 1e6
 
 
@@ -62,7 +64,9 @@ def make_plan(context: Context) -> Plan:
     """The plan of a run. Launches are those of an undisturbed device; a verdict that stays undecided takes up to three times as many."""
     measure = context.target.profile.measure
     options = context.options
-    precisions = sum(context.wants(precision) for precision in (Precision.FP32, Precision.INT8))
+    capabilities, wants_int8 = context.target.capabilities, context.wants(Precision.INT8)
+    forms = int(context.wants(Precision.FP32)) + (len(timed_schemes(capabilities)) if wants_int8 else 0)
+    export_s = _EXPORT_S.get(context.toolchain.format, max(_EXPORT_S.values()))
     specs = context.space.candidates(context.seed)
     from_file = specs[0].kind == "fixed-onnx"
     searched = 0 if from_file else min(len(specs), options.search.measurements)
@@ -71,20 +75,20 @@ def make_plan(context: Context) -> Plan:
     screen_s = measure.screen.launch.warmup_min_s + measure.screen.launch.min_time_s + _START_S
     verdict_s = measure.verdict.launch.warmup_min_s + measure.verdict.launch.min_time_s + measure.verdict.launch.gap_s + _START_S
     verdicts = measure.verdict.launches
-    int8 = 1 + len(context.target.capabilities.schemes) if context.wants(Precision.INT8) else 0
+    int8 = 1 + len(candidate_schemes(capabilities)) if wants_int8 else 0
     alone, quantizing, pair = (launches_each(measure.screen, count) * count for count in (1, int8 or 1, 2))
-    searching = launches_each(measure.screen, max(1, precisions * searched))
+    searching = launches_each(measure.screen, max(1, forms * searched))
     trained = "" if from_file else f"1 training of {_epochs(options.train.epochs)} per attempt"
     longer = ", then fewer and longer" if rungs > 2 else ""
     short = f"{rungs} trainings of {_epochs(options.search.rung_epochs)}{longer}" if rungs > 1 else ""
     rows = {
-        "baseline": (8 + alone + (quantizing if int8 and not from_file else 0), "", screen_s, 2 * _EXPORT_S),
-        "search": (searching * precisions * searched, short, screen_s, _EXPORT_S * searched),
+        "baseline": (8 + alone + (quantizing if int8 and not from_file else 0), "", screen_s, 2 * export_s),
+        "search": (searching * forms * searched, short, screen_s, export_s * searched),
         "distil": (0, trained, 0.0, 0.0),
-        "convert": (0, "", 0.0, _EXPORT_S),
-        "quantize": (quantizing + pair if int8 else alone, "", screen_s, _EXPORT_S),
+        "convert": (0, "", 0.0, export_s),
+        "quantize": (quantizing + pair if int8 else alone, "", screen_s, export_s),
         "validate": (2 * verdicts, "", verdict_s, 0.0),
-        "bundle": (0, "", 0.0, _EXPORT_S),
+        "bundle": (0, "", 0.0, export_s),
     }
     finished = _finished(context)
     done = {path.name.partition("-")[0] for path in (context.store.run_dir / "stages").glob("*-*")}

@@ -236,7 +236,7 @@ def rebuild(
         raise InputError(
             f"this student was cut out of a larger network; only the space {spec.kind!r} that wrote the cuts can rebuild it",
             found=f"{len(spec.keep)} cuts",
-            hint="use the float ONNX file of the bundle, or that space's own rebuild",
+            hint="use the float file of the bundle, or that space's own rebuild",
             subject=spec.kind,
         )
     if factory is not None:

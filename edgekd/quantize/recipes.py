@@ -12,13 +12,17 @@ from edgekd.records import CalibrationSpec, Capabilities, QuantRecipe
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a scheme's name means; weights are symmetric int8 per output channel in all of them. `format` is the file that has it."""
+    """What a scheme's name means; weights are symmetric int8 per output channel in all of them. `format` is the file that has it.
+
+    `by_network`: whether it is faster than the others depends on the network, not on the processor alone.
+    """
 
     signed_activations: bool
     symmetric_activations: bool
     reduced_weights: bool
     why: str
     format: str = "onnx"
+    by_network: bool = False
 
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -26,22 +30,34 @@ SCHEMES: Mapping[str, Scheme] = {
     "u8s8_reduced": Scheme(False, False, True, "x86 without VNNI, whose 8-bit products saturate in 16 bits: 7-bit weights"),
     "s8s8": Scheme(True, True, False, "ARM and accelerators with symmetric int8"),
     "s8s8_tensorrt": Scheme(True, True, False, "TensorRT: explicit pairs by its placement rules, biases in float"),
-    "static_int8": Scheme(True, False, False, "LiteRT, integer kernels throughout: convolutions, depthwise ones above all", "tflite"),
-    "dynamic_int8": Scheme(True, True, False, "LiteRT, activations quantized at run time: transformers and recurrent nets", "tflite"),
+    "static_int8": Scheme(True, False, False, "LiteRT, integer kernels throughout: convolutions, depthwise ones above all", "tflite", True),
+    "dynamic_int8": Scheme(True, True, False, "LiteRT, activations quantized at run time: transformers and recurrent nets", "tflite", True),
 }
 """Every scheme by name."""
 
 
 def candidate_schemes(capabilities: Capabilities) -> tuple[str, ...]:
-    """The target's schemes that edgekd knows, in the target's order of preference.
+    """The target's schemes that edgekd has for files of its first format, in the target's order of preference.
 
     Raises:
         UnsupportedModel: the target names none.
     """
-    known = tuple(scheme for scheme in capabilities.schemes if scheme in SCHEMES)
+    fitting = [name for name, scheme in SCHEMES.items() if scheme.format == capabilities.formats[0].value]
+    known = tuple(scheme for scheme in capabilities.schemes if scheme in fitting)
     if not known:
-        raise UnsupportedModel("the target has no int8 scheme", found=capabilities.schemes or "(none)", allowed=", ".join(SCHEMES), hint="deploy in float")
+        allowed = ", ".join(fitting) or f"(none for {capabilities.formats[0].value} files)"
+        raise UnsupportedModel("the target has no int8 scheme", found=capabilities.schemes or "(none)", allowed=allowed, hint="deploy in float")
     return known
+
+
+def timed_schemes(capabilities: Capabilities) -> tuple[str, ...]:
+    """The schemes that a candidate is timed in: the preferred one, and those of which only the network decides whether they are faster.
+
+    Raises:
+        UnsupportedModel: the target names none.
+    """
+    first, *others = candidate_schemes(capabilities)
+    return (first, *(scheme for scheme in others if SCHEMES[scheme].by_network))
 
 
 def make_recipe(scheme: str, method: str, calibration: CalibrationSet, float_ops: tuple[str, ...] = ()) -> QuantRecipe:

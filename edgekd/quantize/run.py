@@ -18,7 +18,7 @@ from edgekd.quantize.recipes import candidate_schemes
 from edgekd.quantize.sensitivity import TimeMs, measure_sensitivity
 from edgekd.quantize.workshop import Made, Workshop
 from edgekd.records import QuantRecipe
-from edgekd.registry import load
+from edgekd.toolchain import toolchain_of
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,11 @@ def quantize(
         raise UnsupportedModel(
             "int8 needs the ranges of the tensors inside the model, which this runtime does not give", hint="calibrate on another target", subject=target.name
         )
+    toolchain = toolchain_of(target.capabilities)
     workshop = Workshop(
         source,
-        prepare=prepare or load("converters", "prepare-onnx")(),
-        converter=converter or load("converters", "qdq-from-onnx")(),
+        prepare=prepare or toolchain.converter("prepare"),
+        converter=converter or toolchain.converter("quantizer"),
         infer=target.runtime.infer,
         calibration=calibration,
         options=options,
@@ -142,10 +143,10 @@ class _Run:
 
     def result(self, source: StoredArtifact, schemes: Sequence[str]) -> QuantizeResult:
         first_method = self.options.methods[0]
-        plain = {scheme: self.workshop.make(scheme, first_method) for scheme in schemes}
+        plain = self.plain(schemes, first_method)
         times = self.time_ms({"float": source} | {scheme: made.artifact for scheme, made in plain.items()})
         float_ms = times["float"]
-        order = sorted(schemes, key=lambda scheme: times[scheme])
+        order = sorted(plain, key=lambda scheme: times[scheme])
         faster = [scheme for scheme in order if times[scheme] < float_ms]
         for scheme in order:
             if scheme not in (faster or order[:1]):
@@ -165,6 +166,20 @@ class _Run:
             if faster:
                 chosen, float_ms, latency_ms = self.restore(source, chosen, float_ms, latency_ms)
         return QuantizeResult(chosen.artifact, chosen.recipe, self.scores(chosen), tuple(self.tried), tuple(self.notes), float_ms, latency_ms)
+
+    def plain(self, schemes: Sequence[str], method: str) -> dict[str, Made]:
+        """The model in every scheme that the quantizer takes it in; the first refusal is raised where there is none."""
+        made: dict[str, Made] = {}
+        refused: list[ConversionRejected] = []
+        for scheme in schemes:
+            try:
+                made[scheme] = self.workshop.make(scheme, method)
+            except ConversionRejected as error:
+                refused.append(error)
+                self.notes.append(f"scheme {scheme} is refused: {error}")
+        if not made:
+            raise refused[0]
+        return made
 
     def best_method(self, scheme: str, latency_ms: float) -> Made:
         """The calibration method with the highest accuracy; the earlier one in the options where two are equal."""

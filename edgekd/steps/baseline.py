@@ -73,10 +73,10 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
         context.limits = limits
         device = context.device_outputs(exported, {name: value[: context.options.parity_samples] for name, value in validation.inputs.items()})
         part = {name: value[: context.options.parity_samples] for name, value in outputs.items()}
-        parity.append(context.hop("teacher -> onnx", part, device, Precision.FP32))
+        parity.append(context.hop(f"teacher -> {context.toolchain.name}", part, device, Precision.FP32))
         if not parity[0].passed:
             rows.append(
-                row(context, "baseline", "teacher -> onnx", "noted", _diverges(parity[0], "its latency stands for another network, and it does not compete"))
+                row(context, "baseline", parity[0].hop, "noted", _diverges(parity[0], "its latency stands for another network, and it does not compete"))
             )
         screened = context.screen({"teacher": exported})["teacher"]
         if not screened.measurement.valid:
@@ -119,7 +119,7 @@ def _limit(context: Context, screened: Screened | None) -> float:
         raise BudgetError(
             "a latency relative to the teacher's needs a teacher that runs on the target",
             found=f"latency_share={budget.latency_share}, teacher {context.teacher.name}",
-            hint="give latency_ms=, or a teacher that can be exported to ONNX",
+            hint=f"give latency_ms=, or a teacher that can be exported to {context.toolchain.name}",
         )
     else:
         assert budget.latency_share is not None
@@ -178,7 +178,7 @@ def _quantized_teacher(
     samples = context.options.parity_samples
     part = {name: value[:samples] for name, value in device.items()}
     int8_part = context.device_outputs(kept, {name: value[:samples] for name, value in validation.inputs.items()})
-    hop = context.hop("teacher onnx -> int8", part, int8_part, Precision.INT8, kept)
+    hop = context.hop(f"teacher {context.toolchain.quantize_hop}", part, int8_part, Precision.INT8, kept)
     parity.append(hop)
     reason = (
         "within the budget without any training: it competes with the student" if place.meets_budget else f"not enough alone: the limit is {limit_ms:.4g} ms"

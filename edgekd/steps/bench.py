@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import ConvertRequest
-from edgekd.errors import Rejected, UnsupportedModel
+from edgekd.errors import ConversionRejected, Rejected, UnsupportedModel
 from edgekd.measure import Screened
 from edgekd.quantize.calibrate import calibration_set
-from edgekd.quantize.recipes import candidate_schemes, make_recipe
+from edgekd.quantize.recipes import timed_schemes
+from edgekd.quantize.workshop import Workshop
 from edgekd.records import Artifact, Precision, Record, StudentSpec
-from edgekd.registry import load
 from edgekd.search import Candidate, Seen, describe_candidates
 from edgekd.steps.context import Context
 from edgekd.storage import folder_atomic
@@ -78,27 +79,28 @@ class CandidateBench:
     def _measure(self, batch: Sequence[Candidate]) -> dict[str, Seen]:
         seen: dict[str, Seen] = {}
         models: dict[str, StoredArtifact] = {}
+        forms: dict[str, dict[str, Precision]] = {}
         for candidate in batch:
             try:
                 made = self._artifacts(candidate.spec)
             except Rejected as error:
                 seen[candidate.label] = Seen(valid=False, rejected=str(error))
                 continue
-            models |= {f"{candidate.label} {precision.value}": model for precision, model in made.items()}
+            models |= {f"{candidate.label} {form}": model for form, model in made.items()}
+            forms[candidate.label] = {form: model.record.precision for form, model in made.items()}
         again = any(candidate.label in self._measured for candidate in batch)
         screened = self.context.screen(models, fresh=self._calls if again else 0) if models else {}
-        for candidate in batch:
-            mine = {
-                precision: screened[f"{candidate.label} {precision.value}"] for precision in Precision if f"{candidate.label} {precision.value}" in screened
-            }
-            for precision, item in mine.items():
+        for label, precisions in forms.items():
+            mine = {form: screened[f"{label} {form}"] for form in precisions}
+            for form, item in mine.items():
                 if not item.measurement.valid:
-                    self.context.note("search", f"{candidate.label} {precision.value} could not be measured: {item.measurement.reason}")
+                    self.context.note("search", f"{label} {form} could not be measured: {item.measurement.reason}")
             if mine:
-                seen[candidate.label] = _fastest(mine)
+                seen[label] = _fastest(mine, precisions)
         return seen
 
-    def _artifacts(self, spec: StudentSpec) -> dict[Precision, StoredArtifact]:
+    def _artifacts(self, spec: StudentSpec) -> dict[str, StoredArtifact]:
+        """What a candidate is timed as: `fp32`, `int8` in the preferred scheme, and `int8` with the scheme's name for the others."""
         name = short_name(spec)
         model = self._kept(f"{name}-fp32", lambda place: self.context.export(self.context.space.build(spec, self.context.seed), place))
         if not self._preflight_done:
@@ -108,10 +110,10 @@ class CandidateBench:
                     "the target cannot run the candidate", found="; ".join(f"{op}: {why}" for op, why in report.missing.items()), subject=spec.label()
                 )
             self._preflight_done = True
-        out = {Precision.FP32: model} if self.context.wants(Precision.FP32) else {}
+        out = {Precision.FP32.value: model} if self.context.wants(Precision.FP32) else {}
         if self.context.wants(Precision.INT8) and spec.label() not in self.float_only:
             try:
-                out[Precision.INT8] = self._kept(f"{name}-int8", lambda place: self._quantized(model, place))
+                out |= self._quantized(model, name)
             except Rejected as error:
                 if not out:
                     raise
@@ -125,27 +127,48 @@ class CandidateBench:
                 _Made(artifact=make(place).record).save(place / "made.json")
         return StoredArtifact(_Made.load(final / "made.json").artifact, final)
 
-    def _quantized(self, source: StoredArtifact, place: Path) -> StoredArtifact:
-        inputs = self.context.validation.all(_TIMING_SAMPLES).inputs
-        calibration = calibration_set(inputs, split="validation (timing only)")
-        recipe = make_recipe(candidate_schemes(self.context.target.capabilities)[0], "minmax", calibration)
-        request = ConvertRequest(
-            source=source,
-            folder=place,
-            iospec=source.record.iospec,
-            example=inputs,
-            recipe=recipe,
-            calibration=calibration,
+    def _quantized(self, source: StoredArtifact, name: str) -> dict[str, StoredArtifact]:
+        """The candidate in the target's int8 schemes that the quantizer takes it in.
+
+        Raises:
+            ConversionRejected: it is refused in all of them. UnsupportedModel: the target has none.
+        """
+        made: dict[str, StoredArtifact] = {}
+        refused: list[ConversionRejected] = []
+        workshops: list[Workshop] = []
+
+        def quantized(scheme: str, place: Path) -> StoredArtifact:
+            if not workshops:
+                workshops.append(self._workshop(source, Path(work)))
+            return workshops[0].make(scheme, "minmax").artifact.copy_to(place)
+
+        with tempfile.TemporaryDirectory(prefix="edgekd.bench.") as work:
+            for position, scheme in enumerate(timed_schemes(self.context.target.capabilities)):
+                form = f"{Precision.INT8.value} {scheme}" if position else Precision.INT8.value
+                try:
+                    made[form] = self._kept(f"{name}-{form.replace(' ', '-')}", partial(quantized, scheme))
+                except ConversionRejected as error:
+                    refused.append(error)
+        if not made:
+            raise refused[0]
+        return made
+
+    def _workshop(self, source: StoredArtifact, folder: Path) -> Workshop:
+        toolchain = self.context.toolchain
+        return Workshop(
+            source,
+            prepare=toolchain.converter("prepare"),
+            converter=toolchain.converter("quantizer"),
             infer=self.context.target.runtime.infer,
-            options={"memory_mb": self.context.options.quantize.memory_mb},
+            calibration=calibration_set(self.context.validation.all(_TIMING_SAMPLES).inputs, split="validation (timing only)"),
+            options=self.context.options.quantize,
+            folder=folder,
         )
-        model: StoredArtifact = load("converters", "qdq-from-onnx")().convert(request)
-        return model
 
 
-def _fastest(screened: Mapping[Precision, Screened]) -> Seen:
-    valid = {precision: item for precision, item in screened.items() if item.measurement.valid}
+def _fastest(screened: Mapping[str, Screened], precisions: Mapping[str, Precision]) -> Seen:
+    valid = {form: item for form, item in screened.items() if item.measurement.valid}
     if len(valid) < len(screened):
         return Seen(valid=False)
-    precision, item = min(valid.items(), key=lambda pair: pair[1].latency_ms)
-    return Seen(latency_ms=item.latency_ms, lower_ms=item.lower_ms, upper_ms=item.upper_ms, precision=precision.value)
+    form, item = min(valid.items(), key=lambda pair: pair[1].latency_ms)
+    return Seen(latency_ms=item.latency_ms, lower_ms=item.lower_ms, upper_ms=item.upper_ms, precision=precisions[form].value)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import Array, Callback, Converter, ConvertRequest, StudentSpace, Target, Task, Teacher, Tensors
+from edgekd.contracts import Array, Callback, ConvertRequest, StudentSpace, Target, Task, Teacher, Tensors
 from edgekd.data import Split
 from edgekd.errors import ModelError
 from edgekd.measure import Screened, Subject, screen
@@ -19,9 +19,9 @@ from edgekd.options import Options
 from edgekd.parity import BASE_DEPTH, compare_hop
 from edgekd.parity_graph import depth_told, output_ranges
 from edgekd.records import Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
-from edgekd.registry import load
 from edgekd.stages import StageStore
 from edgekd.terms import own_code
+from edgekd.toolchain import Toolchain, toolchain_of
 
 
 @dataclass
@@ -46,9 +46,11 @@ class Context:
     callbacks: Sequence[Callback] = ()
     limits: Limits = field(default_factory=Limits)
     own_task: tuple[str, str] = field(init=False)
+    toolchain: Toolchain = field(init=False)
 
     def __post_init__(self) -> None:
         self.own_task = own_code(self.task)
+        self.toolchain = toolchain_of(self.target.capabilities)
 
     def note(self, stage: str, text: str) -> None:
         """Tell the listener, and the journal."""
@@ -78,9 +80,9 @@ class Context:
         return IOSpec(inputs=inputs, outputs=(TensorSpec(name="output", dtype="float32", shape=()),), static_binding={"batch": 1})
 
     def export(self, source: Any, folder: Path) -> StoredArtifact:
-        """A torch module as a float ONNX artifact with batch 1."""
-        converter: Converter = load("converters", "onnx-from-torch")()
-        return converter.convert(ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs))
+        """A torch module as a float artifact in the target's format, with batch 1."""
+        request = ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs)
+        return self.toolchain.converter("exporter").convert(request)
 
     def hop(self, name: str, reference: Tensors, outputs: Tensors, precision: Precision, model: StoredArtifact | None = None) -> HopParity:
         """One hop compared on every output, with the task's agreement where outputs have the names and shapes of the reference.

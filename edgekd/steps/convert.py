@@ -1,4 +1,4 @@
-"""The convert stage: the trained student as a float ONNX file, compared with its source on real inputs, on the target."""
+"""The convert stage: the trained student as a float file in the target's format, compared with its source on real inputs, on the target."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
         load_weights(module, weights)
         module.eval()
         model = context.export(module, place)
-        run, hop = TorchTeacher(module).outputs, "torch -> onnx"
+        run, hop = TorchTeacher(module).outputs, context.toolchain.export_hop
     reference = run(inputs)
     device = context.device_outputs(model, inputs)
     parity = context.hop(hop, reference, device, Precision.FP32)
     if not parity.passed:
-        _refuse(_with_findings(context, _at_its_hop(context, parity, model, reference, inputs), model, run, inputs))
+        _refuse(context, _with_findings(context, _at_its_hop(context, parity, model, reference, inputs), model, run, inputs))
     return ConvertOut(
         artifact=model.record,
         parity=(parity,),
@@ -65,30 +65,27 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
 
 def _at_its_hop(context: Context, parity: HopParity, model: StoredArtifact, reference: Tensors, inputs: Tensors) -> HopParity:
     """A failed comparison between the source and the device, told apart by running the file on the host: exporter, or device."""
-    from edgekd.teachers import OnnxTeacher
-
-    host = OnnxTeacher(model.entry).outputs(inputs)
+    host = context.toolchain.host_outputs(model, inputs)
     exported = context.hop(parity.hop, reference, host, Precision.FP32)
-    return msgspec.structs.replace(parity, hop="onnx -> device") if exported.passed else exported
+    return msgspec.structs.replace(parity, hop=context.toolchain.device_hop) if exported.passed else exported
 
 
 def _with_findings(context: Context, parity: HopParity, model: StoredArtifact, run: Run, inputs: Tensors) -> HopParity:
     """A failed hop with the faults that explain it, if one that is known does."""
-    from edgekd.teachers import OnnxTeacher
 
     def infer(given: Tensors) -> Tensors:
-        return context.device_outputs(model, given) if parity.hop == "onnx -> device" else OnnxTeacher(model.entry).outputs(given)
+        return context.device_outputs(model, given) if parity.hop == context.toolchain.device_hop else context.toolchain.host_outputs(model, given)
 
     found = diagnose(run, infer, inputs, specs=model.record.iospec.inputs, depth=max(BASE_DEPTH, depth_told(model, BASE_DEPTH)), hop=parity.hop)
     return msgspec.structs.replace(parity, findings=found.annotated().findings)
 
 
-def _refuse(parity: HopParity) -> None:
+def _refuse(context: Context, parity: HopParity) -> None:
     bad = next(tensor for tensor in parity.tensors if not tensor.passed)
-    where = "the target" if parity.hop == "onnx -> device" else "the exporter"
+    where = "the target" if parity.hop == context.toolchain.device_hop else f"the exporter {context.toolchain.exporter}"
     raise ParityRejected(
         f"the student diverges at the hop {parity.hop!r}",
         found="; ".join((f"{bad.name}: {bad.reason}", *parity.findings)),
-        hint=f"{where} computes something else; try another opset",
+        hint=f"{where} computes something else; replace the operators before the tensor",
         subject=parity,
     )

@@ -29,6 +29,7 @@ def run_facts(context: Context) -> dict[str, Any]:
         "budget": context.budget,
         "profile": context.target.profile,
         "device": context.target.fingerprint,
+        "toolchain": context.toolchain,
         "seed": context.seed,
     }
 

@@ -79,10 +79,10 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
     samples = context.options.parity_samples
     part = {name: value[:samples] for name, value in reference.items()}
     device = context.device_outputs(result.artifact, {name: value[:samples] for name, value in validation.inputs.items()})
-    parity = context.hop("onnx -> int8", part, device, Precision.INT8, result.artifact)
+    parity = context.hop(context.toolchain.quantize_hop, part, device, Precision.INT8, result.artifact)
     if not parity.passed and context.wants(Precision.FP32):
         return stay(
-            "rolled back", f"parity fails at the hop onnx -> int8: {parity.first_bad}", *tried, seen=made.before, points=(int8_point,), parity=(parity,)
+            "rolled back", f"parity fails at the hop {parity.hop}: {parity.first_bad}", *tried, seen=made.before, points=(int8_point,), parity=(parity,)
         )
     kept = result.artifact.copy_to(folder / "chosen")
     reason = choice.reason if parity.passed else f"{choice.reason}; parity fails ({parity.first_bad}) but the profile allows int8 only"

@@ -16,7 +16,6 @@ from edgekd.measure import Screened
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.quantize.run import QuantizeResult, quantize
-from edgekd.registry import load
 from edgekd.steps.context import Context
 
 
@@ -73,7 +72,8 @@ def to_int8(
     result = quantize(
         source,
         target=context.target,
-        converter=load("converters", "qdq-from-onnx")(),
+        converter=context.toolchain.converter("quantizer"),
+        prepare=context.toolchain.converter("prepare"),
         calibration=choose_calibration(context, options.calibration_size),
         validation_inputs=validation.inputs,
         validation_targets=validation.targets,
