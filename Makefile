@@ -13,7 +13,7 @@ CHECKED := edgekd targets converters profiles tests benchmarks examples
 # Where `make test-converters` keeps the environments of converters: made once, 5.6 GB, about six minutes.
 ENVIRONMENTS ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd/environments
 
-.PHONY: demo test test-converters check format env clean
+.PHONY: demo test test-slow test-converters check format env clean
 
 env: $(STAMP)
 
@@ -32,7 +32,11 @@ demo: $(STAMP)
 	$(VENV)/bin/edgekd demo --run-dir runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -m "not slow and not environments" -n 2 --dist loadfile
+
+# The tests that take more than five seconds each: whole runs, interrupts, installs.
+test-slow: $(STAMP)
+	$(RUN) -m pytest -m "slow and not environments" -n 2 --dist loadfile
 
 # Adds the converters to TFLite to .venv and makes the environments that are missing; a skipped test fails.
 test-converters: $(CONVERTERS)

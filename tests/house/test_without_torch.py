@@ -74,6 +74,7 @@ def test_command_that_trains_names_the_line_that_installs_torch(python: Path, co
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_bench_prints_clocks_and_conditions_on_the_local_target(python: Path, tmp_path: Path) -> None:
     done = shell(python, "bench", home() / "net.onnx", "--inputs", home() / "data", *settings(*CALM), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,6 +14,7 @@ from edgekd.target import connect
 from edgekd.testing.tflite_models import HandOp, HandTensor, hand_made, two_headed_tflite
 
 
+@pytest.mark.slow
 def test_bench_takes_a_tflite_file_as_it_is_and_says_what_the_runtime_says(tmp_path: Path) -> None:
     model = two_headed_tflite(tmp_path)
     with connect("litert-local", overrides=[f"transport.workdir={tmp_path / 'device'}", f"runtime.options.lock={tmp_path / 'lock'}"]) as live:

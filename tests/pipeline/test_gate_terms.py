@@ -321,6 +321,7 @@ def test_edgekd_s_own_task_needs_no_name_and_takes_only_its_like(bundle: Path) -
 # ------------------------------------------------------------------------------------------ what a run leaves
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_bundle_of_an_earlier_run_is_removed_when_a_run_ends_without_an_artifact(tmp_path: Path) -> None:
     from tests.pipeline import pipeline_kit as kit

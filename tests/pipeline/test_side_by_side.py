@@ -52,6 +52,7 @@ def ratio(row: LedgerRow) -> float:
     return after / before
 
 
+@pytest.mark.slow
 def test_ledger_compares_latencies_of_one_screen_when_the_device_drifts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_runtimes(tmp_path / "plugin", monkeypatch, PLUGIN, {"tides": "Tides"})
 

@@ -215,6 +215,7 @@ def test_partitions_are_found_by_walking_back_from_delegates() -> None:
     assert half()["partitions"](ops) == {"nodes": 3, "partitions": 2, "outside": {"SIGN": 1}}
 
 
+@pytest.mark.slow
 @pytest.mark.installs
 def test_tflite_runtime_2_14_is_refused_for_what_it_computes_wrongly(tmp_path: Path) -> None:
     """In an environment of its own: the package needs an older numpy."""
