@@ -22,9 +22,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import BenchmarkRequest, Target
-from edgekd.latency import latencies_ms
-from edgekd.measure import Subject, calibrate_limits, measure_verdict, screen
-from edgekd.onnx_io import import_onnx
+from edgekd.measuring.latency import latencies_ms
+from edgekd.measuring.measure import Subject, calibrate_limits, measure_verdict, screen
+from edgekd.models.onnx_file import import_onnx
 from edgekd.records import LaunchProtocol
 from edgekd.target import connect
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from edgekd import registry
 from edgekd.contracts import CalibrationSet, ConvertRequest, Infer
-from edgekd.keys import array_hash
+from edgekd.identity.keys import array_hash
 from edgekd.records import CalibrationSpec, IOSpec, QuantRecipe, TensorSpec
 from edgekd.search import count_size
 from edgekd.storage import write_atomic

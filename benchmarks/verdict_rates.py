@@ -2,7 +2,7 @@
 
     python benchmarks/verdict_rates.py
 
-The rule of `edgekd.latency`, over many verdicts at once (the tests run the shipped functions on fewer). Launches are normal in the log
+The rule of `edgekd.measuring.latency`, over many verdicts at once (the tests run the shipped functions on fewer). Launches are normal in the log
 with a standard deviation of 2 %, independent or correlated with the one before.
 """
 
@@ -14,7 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.latency import CONTENT, look_confidence
+from edgekd.measuring.latency import CONTENT, look_confidence
 from edgekd.records import MeasurePlan
 from edgekd.stats import normal_quantile, student_quantile, tolerance_factor
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.environments import cache_folder
+from edgekd.conversion.environments import cache_folder
 from edgekd.errors import ConfigError, StorageError, WorkerFailed
 from edgekd.storage import write_atomic
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgekd.onnx_io import require_onnx
+from edgekd.models.onnx_file import require_onnx
 
 
 def join_float_neighbours(graph: Any, names: set[str]) -> None:

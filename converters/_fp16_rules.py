@@ -11,7 +11,7 @@ import numpy as np
 
 from edgekd.contracts import Array
 from edgekd.errors import ConversionRejected
-from edgekd.onnx_io import require_onnx
+from edgekd.models.onnx_file import require_onnx
 
 FP16_MAX = float(np.finfo(np.float16).max)
 """The largest float16, 65504."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Tensors
-from edgekd.onnx_io import load_model, require_onnx
+from edgekd.models.onnx_file import load_model, require_onnx
 
 
 class Noise(logging.Handler):

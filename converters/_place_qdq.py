@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.onnx_io import require_onnx
+from edgekd.models.onnx_file import require_onnx
 
 from ._placement import HIGH, LOW, Placement, weight_axis
 

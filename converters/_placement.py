@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.errors import ConversionRejected
-from edgekd.onnx_io import require_onnx
+from edgekd.models.onnx_file import require_onnx
 
 
 @dataclass(frozen=True)

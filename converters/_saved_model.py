@@ -9,7 +9,7 @@ from typing import Any
 
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
-from edgekd.environments import environment_python
+from edgekd.conversion.environments import environment_python
 from edgekd.errors import ConfigError, DataError, ModelError
 from edgekd.records import Format, IOSpec, Precision, TensorSpec
 from edgekd.storage import copy_file

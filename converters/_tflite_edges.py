@@ -11,9 +11,9 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, near_names
+from edgekd.models.tflite_artifact import store_tflite
+from edgekd.models.tflite_file import op_counts, parse_model, precision_of, read_graph, require_schema, unique_tensor_names
 from edgekd.records import IOSpec, Precision, TensorSpec
-from edgekd.tflite_artifact import store_tflite
-from edgekd.tflite_io import op_counts, parse_model, precision_of, read_graph, require_schema, unique_tensor_names
 
 CHILD_OPTIONS = ("timeout_s", "memory_mb", "environments")
 """Options of every edge that runs in a process of its own."""

@@ -10,7 +10,7 @@ from typing import Any
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, ConvertRequest, Infer, Tensors
 from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError, near_names
-from edgekd.onnx_io import count_ops, depth_of, float_tensors, iospec_of, load_model, name_nodes, opset_of, require_onnx, strip_notes, write_model
+from edgekd.models.onnx_file import count_ops, depth_of, float_tensors, iospec_of, load_model, name_nodes, opset_of, require_onnx, strip_notes, write_model
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import observe
 from edgekd.records import Format, Precision

@@ -13,7 +13,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError
-from edgekd.onnx_io import BATCH, PROTO_LIMIT, count_ops, depth_of, iospec_of, name_nodes, opset_of, require_onnx, strip_notes, write_model
+from edgekd.models.onnx_file import BATCH, PROTO_LIMIT, count_ops, depth_of, iospec_of, name_nodes, opset_of, require_onnx, strip_notes, write_model
 from edgekd.records import Format, IOSpec, Precision
 from edgekd.tree import flatten_outputs
 

@@ -12,7 +12,19 @@ from typing import Any
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConversionRejected, MissingDependency, ModelError
-from edgekd.onnx_io import count_ops, depth_of, float_tensors, iospec_of, load_model, name_nodes, nodes_of, opset_of, require_onnx, strip_notes, write_model
+from edgekd.models.onnx_file import (
+    count_ops,
+    depth_of,
+    float_tensors,
+    iospec_of,
+    load_model,
+    name_nodes,
+    nodes_of,
+    opset_of,
+    require_onnx,
+    strip_notes,
+    write_model,
+)
 from edgekd.records import Format, Precision
 
 from ._onnx_io import captured, last_message, versions

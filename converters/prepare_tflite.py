@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, ModelError
+from edgekd.models.tflite_artifact import read_notes, store_tflite
+from edgekd.models.tflite_file import ensure_signature, load_model, unique_tensor_names
 from edgekd.records import Format, Precision
-from edgekd.tflite_artifact import read_notes, store_tflite
-from edgekd.tflite_io import ensure_signature, load_model, unique_tensor_names
 
 
 class PrepareTflite:

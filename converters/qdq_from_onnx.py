@@ -13,7 +13,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, near_names
-from edgekd.onnx_io import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, opset_of, require_onnx, write_model
+from edgekd.models.onnx_file import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, opset_of, require_onnx, write_model
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import observe
 from edgekd.quantize.recipes import SCHEMES

@@ -15,10 +15,10 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError, near_names
+from edgekd.models.tflite_artifact import COMPUTING, fit_layouts, quantizable, store_tflite
+from edgekd.models.tflite_file import TfliteGraph, ensure_signature, load_model, pack_model, parse_model, read_graph, require_schema, unique_tensor_names
 from edgekd.quantize.calibrate import observe
 from edgekd.records import Format, IOSpec, Precision, QuantRecipe
-from edgekd.tflite_artifact import COMPUTING, fit_layouts, quantizable, store_tflite
-from edgekd.tflite_io import TfliteGraph, ensure_signature, load_model, pack_model, parse_model, read_graph, require_schema, unique_tensor_names
 
 from ._litert import blame, host_infer, quiet
 from ._onnx_io import versions

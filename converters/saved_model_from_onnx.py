@@ -9,9 +9,9 @@ from typing import Any
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
-from edgekd.environments import environment_python
+from edgekd.conversion.environments import environment_python
 from edgekd.errors import ConversionRejected
-from edgekd.onnx_io import iospec_of, load_model, opset_of, require_onnx, write_model
+from edgekd.models.onnx_file import iospec_of, load_model, opset_of, require_onnx, write_model
 from edgekd.records import Precision, SupportReport
 
 from ._child import WORKERS, limits_of, run_worker, work_folder

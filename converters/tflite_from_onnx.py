@@ -10,9 +10,9 @@ from typing import Any
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
-from edgekd.environments import environment_python
+from edgekd.conversion.environments import environment_python
 from edgekd.errors import ConfigError, ConversionRejected, ModelError, near_names
-from edgekd.onnx_io import iospec_of, load_model, require_onnx, write_model
+from edgekd.models.onnx_file import iospec_of, load_model, require_onnx, write_model
 from edgekd.records import Format, IOSpec, Precision
 
 from ._child import WORKERS, limits_of, run_worker, work_folder
@@ -109,7 +109,9 @@ def onnx_source(source: Any, converter: str) -> StoredArtifact:
     """
     require_onnx("converting an ONNX model")
     if not isinstance(source, StoredArtifact) or source.record.format is not Format.ONNX:
-        raise ModelError(f"{converter} takes an ONNX artifact", found=type(source).__name__, hint="edgekd.onnx_io.import_onnx makes one", subject=converter)
+        raise ModelError(
+            f"{converter} takes an ONNX artifact", found=type(source).__name__, hint="edgekd.models.onnx_file.import_onnx makes one", subject=converter
+        )
     if source.record.precision is not Precision.FP32:
         raise ModelError(
             f"{converter} takes a float32 model", found=source.record.precision.value, allowed="fp32", hint="convert first, quantize then", subject=converter

@@ -14,9 +14,9 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError, near_names
+from edgekd.models.tflite_artifact import store_tflite
+from edgekd.models.tflite_file import parse_model, require_schema, unique
 from edgekd.records import IOSpec, Precision, TensorSpec
-from edgekd.tflite_artifact import store_tflite
-from edgekd.tflite_io import parse_model, require_schema, unique
 from edgekd.tree import flatten_outputs
 
 from ._litert import blame, quiet

@@ -26,7 +26,7 @@ _FACE = {
     "bench": "edgekd.benching",
     "compress": "edgekd.pipeline",
     "connect": "edgekd.target",
-    "convert": "edgekd.converting",
+    "convert": "edgekd.conversion.convert",
     "gate": "edgekd.gating",
     "validate": "edgekd.gating",
 }
@@ -53,7 +53,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from edgekd.benching import bench as bench
-    from edgekd.converting import convert as convert
+    from edgekd.conversion.convert import convert as convert
     from edgekd.data import Arrays as Arrays
     from edgekd.errors import EdgekdError as EdgekdError
     from edgekd.gating import gate as gate

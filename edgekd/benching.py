@@ -10,9 +10,9 @@ import numpy as np
 
 from edgekd.contracts import Array, Target
 from edgekd.errors import InputError, UnsupportedModel
-from edgekd.launching import new_nonce
-from edgekd.measure import Subject, calibrate_limits, measure_verdict, screen
-from edgekd.model_file import import_model
+from edgekd.measuring.launching import new_nonce
+from edgekd.measuring.measure import Subject, calibrate_limits, measure_verdict, screen
+from edgekd.models.model_file import import_model
 from edgekd.npy import load_inputs
 from edgekd.records import Capabilities, IOSpec, Measurement, OpTime, Precision
 from edgekd.stats import percentile_of

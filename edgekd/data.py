@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from edgekd.contracts import Array, Task
 from edgekd.errors import DataError
-from edgekd.keys import array_hash
+from edgekd.identity.keys import array_hash
+from edgekd.identity.provenance import code_hash
 from edgekd.loaders import is_indexed, unwrap_loader
-from edgekd.provenance import code_hash
 from edgekd.tree import first_line, to_numpy
 
 Augment = Callable[[Any, np.random.Generator], Any]

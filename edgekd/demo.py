@@ -87,9 +87,9 @@ def make_net(width: int = 64, blocks: int = 14) -> torch.nn.Module:
 def _measured_teacher(target: Target, run_dir: Path, say: Callable[[str], None]) -> int:
     """The smallest depth whose untrained network takes a tenth more than `TEACHER_MS` on the target."""
     from edgekd.contracts import ConvertRequest
-    from edgekd.measure import Subject, screen
+    from edgekd.conversion.toolchain import toolchain_of
+    from edgekd.measuring.measure import Subject, screen
     from edgekd.records import IOSpec, TensorSpec
-    from edgekd.toolchain import toolchain_of
 
     path = run_dir / "demo.json"
     if path.is_file():

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from edgekd import registry
-from edgekd.environments import EnvironmentState, list_environments
+from edgekd.conversion.environments import EnvironmentState, list_environments
 from edgekd.errors import ConfigError, EdgekdError
-from edgekd.profile_file import ProfileEntry, list_profiles
 from edgekd.records import Profile
 from edgekd.records.base import Record
+from edgekd.settings.profile_file import ProfileEntry, list_profiles
 from edgekd.target import connect, hardware_text
 
 _MODULES = {"scikit-learn": "sklearn", "tensorflow-cpu": "tensorflow"}

@@ -11,8 +11,8 @@ import msgspec
 from edgekd.bundle import Bundle, open_bundle
 from edgekd.contracts import Target, Task
 from edgekd.errors import ConfigError
-from edgekd.launching import new_nonce
-from edgekd.measure import Subject, calibrate_limits, measure_verdict
+from edgekd.measuring.launching import new_nonce
+from edgekd.measuring.measure import Subject, calibrate_limits, measure_verdict
 from edgekd.records import Manifest, Measurement, Outcome, Verdict
 from edgekd.target import connect
 from edgekd.tasks import has_bounded_scores

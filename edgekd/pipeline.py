@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.caches import CACHE_NAME
 from edgekd.contracts import Callback, StudentSpace, Target, Task
+from edgekd.conversion.toolchain import require_road
 from edgekd.data import Augment, make_split
 from edgekd.distill.progress import ProgressBar
 from edgekd.errors import ConfigError
@@ -20,7 +21,6 @@ from edgekd.stages import Listener, StageStore
 from edgekd.steps.context import Context
 from edgekd.tasks import as_task
 from edgekd.teachers import as_teacher, forward_names
-from edgekd.toolchain import require_road
 from edgekd.verdict import require_samples
 
 if TYPE_CHECKING:

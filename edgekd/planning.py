@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from edgekd.measuring.screening import launches_each
 from edgekd.quantize.recipes import candidate_schemes, timed_schemes
 from edgekd.records import Format, Precision, Record
-from edgekd.screening import launches_each
 from edgekd.stages import STAGES
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgekd.contracts import Tensors
 from edgekd.errors import InputError, MissingDependency, ModelError
-from edgekd.provenance import code_hash
+from edgekd.identity.provenance import code_hash
 from edgekd.records import Probe, StudentSpec, TensorSpec
 from edgekd.spaces import call_factory
 from edgekd.storage import write_atomic

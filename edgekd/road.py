@@ -13,7 +13,7 @@ import msgspec
 from edgekd.artifact import StoredArtifact
 from edgekd.caches import trim_cache
 from edgekd.errors import Rejected
-from edgekd.launching import utc_now
+from edgekd.measuring.launching import utc_now
 from edgekd.records import Check, HopParity, Ledger, LedgerRow, Outcome, Point, StudentSpec, Verdict
 from edgekd.report.data import ReportData
 from edgekd.report.render import write_report

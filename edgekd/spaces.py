@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgekd.errors import ConfigError, ModelError, Rejected, near_names
-from edgekd.onnx_io import file_hash
-from edgekd.provenance import architecture_hash, code_hash, describe_factory
+from edgekd.identity.provenance import architecture_hash, code_hash, describe_factory
+from edgekd.models.onnx_file import file_hash
 from edgekd.records import StudentSpec
 
 if TYPE_CHECKING:

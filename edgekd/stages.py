@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from edgekd.errors import ConfigError, InputError, StorageError
-from edgekd.keys import stage_key
+from edgekd.identity.keys import stage_key
 from edgekd.records.base import Record
 from edgekd.storage import folder_atomic
 

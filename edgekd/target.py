@@ -13,8 +13,8 @@ from edgekd import registry
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Runtime, Target, Transport
 from edgekd.errors import ConfigError, ProfileError, near_names
-from edgekd.profile_file import Overrides, load_profile, override_profile
 from edgekd.records import Capabilities, Fingerprint, Profile, SupportReport
+from edgekd.settings.profile_file import Overrides, load_profile, override_profile
 
 
 class LiveTarget:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.contracts import Array, Teacher, Tensors
 from edgekd.errors import MissingDependency, ModelError
-from edgekd.keys import array_hash
-from edgekd.onnx_io import file_hash
-from edgekd.provenance import architecture_hash, examine
+from edgekd.identity.keys import array_hash
+from edgekd.identity.provenance import architecture_hash, examine
+from edgekd.models.onnx_file import file_hash
 from edgekd.storage import sha256_bytes
 from edgekd.tree import first_line, flatten_outputs, to_numpy
 

@@ -13,10 +13,10 @@ import msgspec
 
 from edgekd.contracts import Task
 from edgekd.errors import BundleError, ConfigError, near_names
-from edgekd.profile_fields import plain, toml_text
-from edgekd.profile_file import list_profiles
-from edgekd.provenance import code_hash, describe_factory
+from edgekd.identity.provenance import code_hash, describe_factory
 from edgekd.records import Manifest, Profile, TransportConfig
+from edgekd.settings.profile_fields import plain, toml_text
+from edgekd.settings.profile_file import list_profiles
 from edgekd.tasks import Classification, MultiTask, Regression, as_task, task_from
 
 _REACHED = ("local",)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgekd.errors import EXIT_FAIL, EXIT_PASS, EXIT_REFUSE, BudgetError, DataError, InputError
-from edgekd.latency import (
+from edgekd.measuring.latency import (
     CONTENT,
     ROUNDING,
     Limit,

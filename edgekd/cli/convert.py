@@ -13,8 +13,8 @@ import click
 from edgekd.cli.common import FILE, FOLDER, json_option, print_json, print_table, say, set_option, target_option
 
 if TYPE_CHECKING:
-    from edgekd.converting import Conversion
-    from edgekd.formats import Route
+    from edgekd.conversion.convert import Conversion
+    from edgekd.conversion.formats import Route
 
 _ENDINGS = {".onnx": "onnx", ".tflite": "tflite"}
 
@@ -69,7 +69,7 @@ def convert(
     if (precision == "int8") != (calibration is not None):
         raise click.UsageError("--calibration FOLDER goes with --precision int8, and int8 needs it")
     import edgekd
-    from edgekd.converting_inputs import source_format
+    from edgekd.conversion.inputs import source_format
     from edgekd.records import IOSpec
 
     source: Any = _module(model) if _is_named(model) else Path(model)
@@ -131,8 +131,8 @@ def _print(made: Conversion) -> None:
 
 def _plan(model: str, to: str | None, precision: str | None, via: tuple[str, ...], environments: Path | None, as_json: bool) -> int:
     """Print the roads, best first; the first that is ready is the one that would be taken."""
-    from edgekd.converting_inputs import source_format
-    from edgekd.formats import TORCH, load_graph
+    from edgekd.conversion.formats import TORCH, load_graph
+    from edgekd.conversion.inputs import source_format
     from edgekd.records import Precision
 
     source = TORCH if _is_named(model) else source_format(Path(model))

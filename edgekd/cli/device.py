@@ -127,7 +127,7 @@ def profile_list(context: click.Context, as_json: bool) -> int:
 @profile.command("fields")
 def profile_fields() -> int:
     """List every field that a profile may set, what it takes, and its default."""
-    from edgekd.profile_fields import describe_fields
+    from edgekd.settings.profile_fields import describe_fields
 
     print_table("Fields of a profile", ("field", "takes", "default"), [(row.key, row.allowed, row.default or "(must be given)") for row in describe_fields()])
     return 0
@@ -139,8 +139,8 @@ def profile_fields() -> int:
 @json_option
 def profile_show(name: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """Print a profile with every default and override applied. NAME is a name or the path of a file."""
-    from edgekd.profile_file import load_profile
     from edgekd.records import Record
+    from edgekd.settings.profile_file import load_profile
 
     found = load_profile(name, overrides)
     if as_json:

@@ -11,7 +11,7 @@ import click
 from edgekd.cli.common import FOLDER, json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from edgekd.environments import EnvironmentState
+    from edgekd.conversion.environments import EnvironmentState
 
 _PATH = click.option("--path", type=FOLDER, help="The folder that holds the environments. Default: edgekd/environments in the user's cache folder.")
 
@@ -29,7 +29,7 @@ def env() -> None:
 @json_option
 def env_create(name: str, path: Path | None, python: str | None, again: bool, as_json: bool) -> int:
     """Make the environment NAME from its pinned, hashed list of packages. Downloads them from the package index that pip uses."""
-    from edgekd.environments import create_environment, spec_of
+    from edgekd.conversion.environments import create_environment, spec_of
     from edgekd.report.words import size_text
 
     state = create_environment(spec_of(name), path, python=python, again=again, say=say)
@@ -47,7 +47,7 @@ def env_create(name: str, path: Path | None, python: str | None, again: bool, as
 @json_option
 def env_list(path: Path | None, as_json: bool) -> int:
     """List the environments: what each is for, whether it is ready, and the line that makes it."""
-    from edgekd.environments import list_environments
+    from edgekd.conversion.environments import list_environments
 
     states = list_environments(path)
     if as_json:
@@ -62,7 +62,7 @@ def env_list(path: Path | None, as_json: bool) -> int:
 @_PATH
 def env_remove(name: str, path: Path | None) -> int:
     """Remove the environment NAME and everything in it."""
-    from edgekd.environments import environments_folder, remove_environment, spec_of
+    from edgekd.conversion.environments import environments_folder, remove_environment, spec_of
     from edgekd.report.words import size_text
 
     spec = spec_of(name)

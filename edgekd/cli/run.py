@@ -128,7 +128,7 @@ def _job_overrides(target: str | None, allow_extreme: bool | None, accept_simula
 
 
 def _compress_job(path: Path, overrides: tuple[str, ...], run_dir: Path | None, plan_only: bool, as_json: bool) -> int:
-    from edgekd.jobs import load_job
+    from edgekd.settings.jobs import load_job
 
     job = load_job(path, overrides)
     if plan_only:

@@ -10,7 +10,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import CalibrationSet, Infer, Tensors
 from edgekd.errors import ConfigError, DataError
-from edgekd.keys import array_hash
+from edgekd.identity.keys import array_hash
 from edgekd.quantize.histogram import STATE_BYTES, Histogram
 
 METHODS = ("minmax", "percentile", "entropy")

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import CalibrationSet, Converter, Target, Task, Tensors
+from edgekd.conversion.toolchain import toolchain_of
 from edgekd.errors import ConversionRejected, UnsupportedModel
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.recipes import candidate_schemes
 from edgekd.quantize.sensitivity import TimeMs, measure_sensitivity
 from edgekd.quantize.workshop import Made, Workshop
 from edgekd.records import QuantRecipe
-from edgekd.toolchain import toolchain_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgekd.parity_measures import SQNR_CAP_DB
+from edgekd.parity.measures import SQNR_CAP_DB
 from edgekd.records import HopParity, TensorParity
 from edgekd.report.plots import _INK, _LIMIT, _MUTED, _PANEL, _STUDENT, Plot, _draw, _legend
 

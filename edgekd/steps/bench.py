@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgekd.artifact import StoredArtifact
 from edgekd.errors import ConversionRejected, Rejected, UnsupportedModel
-from edgekd.measure import Screened
+from edgekd.measuring.measure import Screened
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.quantize.recipes import timed_schemes
 from edgekd.quantize.workshop import Workshop

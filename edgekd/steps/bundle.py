@@ -10,7 +10,7 @@ from edgekd import __version__
 from edgekd.artifact import StoredArtifact
 from edgekd.bundle import file_hashes, model_card, save_evaluation, seal, versions, write_text
 from edgekd.contracts import Tensors
-from edgekd.launching import utc_now
+from edgekd.measuring.launching import utc_now
 from edgekd.records import Ledger, LedgerRow, Manifest, Measurement, QuantRecipe, Record, StudentSpec
 from edgekd.report.data import ReportData
 from edgekd.report.render import write_report

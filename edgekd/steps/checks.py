@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgekd.contracts import Array
 from edgekd.data import Split
 from edgekd.errors import DataError, ModelError
-from edgekd.keys import item_digests
+from edgekd.identity.keys import item_digests
 from edgekd.records import LedgerRow
 from edgekd.stats import CONFIDENCE
 from edgekd.steps.context import Context, row

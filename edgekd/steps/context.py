@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Callback, ConvertRequest, StudentSpace, Target, Task, Teacher, Tensors
+from edgekd.conversion.toolchain import Toolchain, toolchain_of
 from edgekd.data import Split
 from edgekd.errors import ModelError
-from edgekd.measure import Screened, Subject, screen
+from edgekd.measuring.measure import Screened, Subject, screen
 from edgekd.options import Options
-from edgekd.parity import BASE_DEPTH, compare_hop
-from edgekd.parity_graph import depth_told, output_ranges
+from edgekd.parity.compare import BASE_DEPTH, compare_hop
+from edgekd.parity.graph import depth_told, output_ranges
 from edgekd.records import Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
 from edgekd.stages import StageStore
 from edgekd.terms import own_code
-from edgekd.toolchain import Toolchain, toolchain_of
 
 
 @dataclass

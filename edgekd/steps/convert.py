@@ -9,10 +9,10 @@ import msgspec
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
 from edgekd.errors import ParityRejected
-from edgekd.onnx_io import import_onnx
-from edgekd.parity import BASE_DEPTH
-from edgekd.parity_faults import Run, diagnose
-from edgekd.parity_graph import depth_told
+from edgekd.models.onnx_file import import_onnx
+from edgekd.parity.compare import BASE_DEPTH
+from edgekd.parity.faults import Run, diagnose
+from edgekd.parity.graph import depth_told
 from edgekd.records import Artifact, HopParity, LedgerRow, Precision, Record, StudentSpec
 from edgekd.steps.context import Context, row
 

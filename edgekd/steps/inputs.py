@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from edgekd.provenance import built_hash, code_hash
+from edgekd.identity.provenance import built_hash, code_hash
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context
 from edgekd.teachers import AnsweringTeacher

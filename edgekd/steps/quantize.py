@@ -8,7 +8,7 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.errors import Rejected
-from edgekd.measure import Screened
+from edgekd.measuring.measure import Screened
 from edgekd.objective import prefer
 from edgekd.quantize.run import QuantizeResult
 from edgekd.records import Artifact, HopParity, LedgerRow, Point, Precision, QuantRecipe, Record

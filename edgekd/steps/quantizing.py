@@ -11,8 +11,8 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import CalibrationSet, Tensors
 from edgekd.data import Batch
 from edgekd.errors import DataError
-from edgekd.keys import item_digests
-from edgekd.measure import Screened
+from edgekd.identity.keys import item_digests
+from edgekd.measuring.measure import Screened
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.quantize.run import QuantizeResult, quantize

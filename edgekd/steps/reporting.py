@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from edgekd.bundle import versions
-from edgekd.launching import utc_now
+from edgekd.measuring.launching import utc_now
 from edgekd.records import HopParity, Ledger, LedgerRow, Measurement, Point, Verdict
 from edgekd.report.data import ClassRow, Curve, ReportData
 from edgekd.report.words import artifact_name, size_text

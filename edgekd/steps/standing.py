@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.artifact import StoredArtifact
-from edgekd.measure import Screened
+from edgekd.measuring.measure import Screened
 from edgekd.objective import Standing
 from edgekd.records import Budget
 

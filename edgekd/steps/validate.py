@@ -9,10 +9,10 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
-from edgekd.launching import new_nonce
-from edgekd.measure import Subject, measure_verdict
+from edgekd.measuring.launching import new_nonce
+from edgekd.measuring.measure import Subject, measure_verdict
 from edgekd.objective import best, prefer
-from edgekd.parity import require_parity
+from edgekd.parity.compare import require_parity
 from edgekd.records import Artifact, HopParity, LedgerRow, Measurement, Outcome, Precision, Record, Verdict
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context, row, score

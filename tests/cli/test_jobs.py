@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from edgekd.cli.main import cli
 from edgekd.errors import BudgetError, ConfigError
-from edgekd.jobs import Job, load_job
 from edgekd.records import Profile
-from edgekd.toml_file import parse_toml, to_record
+from edgekd.settings.jobs import Job, load_job
+from edgekd.settings.toml_file import parse_toml, to_record
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "digits_job"

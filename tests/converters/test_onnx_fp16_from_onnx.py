@@ -19,8 +19,8 @@ from torch import nn
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, ModelError
-from edgekd.onnx_io import import_onnx
-from edgekd.parity import compare_hop
+from edgekd.models.onnx_file import import_onnx
+from edgekd.parity.compare import compare_hop
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.records import Precision
 from edgekd.registry import load

@@ -12,7 +12,7 @@ from torch import nn
 
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError
-from edgekd.onnx_io import write_model
+from edgekd.models.onnx_file import write_model
 from edgekd.registry import load
 from edgekd.testing import ConverterContract
 from tests.contracts.tiny_models import ConvNet, TwoInputs, UNet, export, noise, ort_infer, spec_of, torch_outputs

@@ -19,8 +19,8 @@ from torch import nn
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected
-from edgekd.onnx_io import import_onnx
-from edgekd.parity import compare_hop
+from edgekd.models.onnx_file import import_onnx
+from edgekd.parity.compare import compare_hop
 from edgekd.quantize import make_recipe
 from edgekd.quantize.calibrate import calibration_set, observe
 from edgekd.records import Precision
@@ -221,7 +221,7 @@ _SCRIPT = """
 import sys, numpy, pathlib
 sys.modules["torch"] = None
 from edgekd.contracts import ConvertRequest
-from edgekd.onnx_io import import_onnx
+from edgekd.models.onnx_file import import_onnx
 from edgekd.quantize import make_recipe
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.registry import load

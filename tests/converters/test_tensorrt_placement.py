@@ -18,7 +18,7 @@ from torch import nn
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected
-from edgekd.parity import compare_hop
+from edgekd.parity.compare import compare_hop
 from edgekd.quantize import make_recipe
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.records import Precision

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from edgekd.artifact import store_artifact
-from edgekd.measure import Subject
+from edgekd.measuring.measure import Subject
 from edgekd.records import Format, IOSpec, Precision, TensorSpec
 
 

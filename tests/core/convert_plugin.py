@@ -9,7 +9,7 @@ import pytest
 
 _SOURCE = '''
 from edgekd.artifact import store_artifact
-from edgekd.onnx_io import load_model, write_model
+from edgekd.models.onnx_file import load_model, write_model
 from edgekd.records import Format, Precision
 from edgekd.storage import copy_file
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgekd.measure import Subject, aa_run, calibrate_limits
+from edgekd.measuring.measure import Subject, aa_run, calibrate_limits
 from edgekd.records import Snapshot
 from tests.core.fake_device import SENTINEL, fake, steady
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.aa import aa_run
-from edgekd.measure import Subject, screen
+from edgekd.measuring.aa import aa_run
+from edgekd.measuring.measure import Subject, screen
 from edgekd.records import Snapshot
 from tests.core.fake_device import LIMITS, SENTINEL, FakeRuntime, FakeTarget, fake, steady
 

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgekd.code_text import source_of, steps_of
 from edgekd.data import Arrays, make_split
 from edgekd.errors import ConfigError
-from edgekd.provenance import code_hash
+from edgekd.identity.code_text import source_of, steps_of
+from edgekd.identity.provenance import code_hash
 from edgekd.tasks import Classification, MultiTask
 
 
@@ -246,7 +246,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[Any]:
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", KINDS)
 def test_attributes_of_a_network_count_by_value(nets: Any, kind: str) -> None:
-    from edgekd.provenance import architecture_hash, built_hash
+    from edgekd.identity.provenance import architecture_hash, built_hash
     from edgekd.spaces import Fixed
 
     first, again, other = (architecture_hash(nets.make(kind, n)) for n in (1.0, 1.0, 9.0))
@@ -263,7 +263,7 @@ def test_attributes_of_a_network_count_by_value(nets: Any, kind: str) -> None:
 def test_scripts_count_by_their_graph_and_state(nets: Any) -> None:
     import torch
 
-    from edgekd.provenance import architecture_hash
+    from edgekd.identity.provenance import architecture_hash
 
     trace: Any = torch.jit.trace
     with quiet(), pytest.warns(Warning, match="torch.tensor results are registered"):
@@ -307,7 +307,7 @@ import numpy as np
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import cs_net
-from edgekd.provenance import code_hash
+from edgekd.identity.provenance import code_hash
 from edgekd.teachers import as_teacher
 found = {{}}
 for kind in {tuple(reversed(KINDS))!r}:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import edgekd
+from edgekd.conversion.formats import Edge, FormatGraph
 from edgekd.errors import ConfigError, DataError, ModelError, ParityRejected
-from edgekd.formats import Edge, FormatGraph
 from edgekd.records import IOSpec, Precision, TensorSpec
 from tests.core.convert_plugin import install_converters
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-converting = importlib.import_module("edgekd.converting")
+converting = importlib.import_module("edgekd.conversion.convert")
 
 DATA = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
 SPEC = IOSpec(inputs=(TensorSpec(name="x", dtype="float32", shape=(1, 6)),), outputs=(TensorSpec(name="y", dtype="float32", shape=(1, 3)),))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from edgekd import registry
+from edgekd.conversion.formats import Edge, FormatGraph, Route, edges_table, load_graph, routes
 from edgekd.errors import ConfigError
-from edgekd.formats import Edge, FormatGraph, Route, edges_table, load_graph, routes
 from edgekd.records import Precision
 from tests.core.convert_plugin import install_converters
 

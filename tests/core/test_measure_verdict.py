@@ -9,7 +9,7 @@ import pytest
 
 from edgekd.contracts import Runtime
 from edgekd.errors import InputError, RunnerFailed
-from edgekd.measure import Subject, measure_verdict, screen
+from edgekd.measuring.measure import Subject, measure_verdict, screen
 from edgekd.records import Clock, Grade, Measurement, Outcome
 from edgekd.registry import required_members
 from edgekd.verdict import check_latency

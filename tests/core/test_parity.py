@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekd.errors import DataError, ParityRejected
-from edgekd.parity import Tolerance, compare_hop, compare_tensors, first_bad_hop, require_parity, tolerance_for
+from edgekd.parity.compare import Tolerance, compare_hop, compare_tensors, first_bad_hop, require_parity, tolerance_for
 from edgekd.records import HopParity, Precision
 
 RNG = np.random.default_rng(0)

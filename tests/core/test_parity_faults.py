@@ -15,10 +15,10 @@ from onnx.reference import ReferenceEvaluator
 
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.errors import BundleError, ConfigError, DataError, ModelError
-from edgekd.parity import compare_hop, compare_tensors, tolerance_for
-from edgekd.parity_bisect import bisect, diagnose_files
-from edgekd.parity_faults import Diagnosis, Fault, Normalization, diagnose, parse_normalization
-from edgekd.parity_graph import graph_of, output_ranges
+from edgekd.parity.bisection import bisect, diagnose_files
+from edgekd.parity.compare import compare_hop, compare_tensors, tolerance_for
+from edgekd.parity.faults import Diagnosis, Fault, Normalization, diagnose, parse_normalization
+from edgekd.parity.graph import graph_of, output_ranges
 from edgekd.records import Format, IOSpec, Precision, TensorSpec
 from edgekd.testing.tflite_models import HandOp, HandTensor, hand_made, store_hand_made
 

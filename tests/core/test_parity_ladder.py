@@ -13,8 +13,8 @@ import pytest
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ModelError
-from edgekd.parity import compare_hop, first_bad_hop
-from edgekd.parity_bisect import bisect
+from edgekd.parity.bisection import bisect
+from edgekd.parity.compare import compare_hop, first_bad_hop
 from edgekd.quantize import make_recipe
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.records import HopParity, Precision

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from edgekd.errors import ConfigError
-from edgekd.provenance import code_hash, examine
+from edgekd.identity.provenance import code_hash, examine
 
 MAIN = """
 import collections, enum, functools, logging, re, threading
@@ -195,7 +195,7 @@ def test_hash_is_equal_in_other_processes(hashes: Hashes, tmp_path: Path) -> Non
     script = f"""
         import json
         import ak_main
-        from edgekd.provenance import code_hash
+        from edgekd.identity.provenance import code_hash
         pad = [object() for _ in range(1000)]
         print(json.dumps({{name: code_hash(getattr(ak_main, name)) for name in reversed({ROOTS!r})}}))
     """
@@ -264,7 +264,7 @@ def test_function_without_source_is_hashed_by_its_code() -> None:
 @pytest.mark.torch
 def test_architecture_hash_sees_code_and_attributes_and_is_equal_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from edgekd.provenance import architecture_hash
+    from edgekd.identity.provenance import architecture_hash
 
     monkeypatch.syspath_prepend(str(tmp_path))
     text = """
@@ -305,7 +305,7 @@ def build(**options):
     script = """
         import json
         import ak_net
-        from edgekd.provenance import architecture_hash
+        from edgekd.identity.provenance import architecture_hash
         print(json.dumps(architecture_hash(ak_net.build())))
     """
     assert elsewhere(script, tmp_path, "3") == plain

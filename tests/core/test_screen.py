@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgekd.measure import Subject, rank, screen
+from edgekd.measuring.measure import Subject, rank, screen
+from edgekd.measuring.screening import _SD_OF_MINIMUM, launches_each
 from edgekd.records import Fingerprint, Grade, Launch, Measurement, MeasurePlan
-from edgekd.screening import _SD_OF_MINIMUM, launches_each
 from tests.core.fake_device import LIMITS, SHORT, fake, steady
 
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from edgekd.artifact import StoredArtifact
-from edgekd.measure import Screened, Subject, screen
+from edgekd.measuring.measure import Screened, Subject, screen
 from edgekd.records import Fingerprint, Limits
 from tests.core.fake_device import LIMITS, fake, steady
 

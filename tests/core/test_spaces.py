@@ -11,7 +11,7 @@ import pytest
 
 from edgekd.contracts import StudentSpace
 from edgekd.errors import ConfigError, ModelError, Rejected
-from edgekd.provenance import built_hash
+from edgekd.identity.provenance import built_hash
 from edgekd.records import StudentSpec
 from edgekd.spaces import Family, Fixed
 

@@ -10,7 +10,7 @@ from sklearn.metrics import r2_score
 
 from edgekd.contracts import Task
 from edgekd.errors import ConfigError, DataError, ModelError
-from edgekd.provenance import code_hash
+from edgekd.identity.provenance import code_hash
 from edgekd.tasks import Classification, MultiTask, Regression, as_task, has_bounded_scores, task_from, unpack_batch
 from edgekd.tree import flatten_outputs
 

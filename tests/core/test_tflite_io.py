@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from edgekd.errors import DataError, ModelError
-from edgekd.records import IOSpec, Precision, TensorSpec
-from edgekd.tflite_artifact import annotate_tflite, fit_layouts, import_tflite, read_notes
-from edgekd.tflite_io import (
+from edgekd.models.tflite_artifact import annotate_tflite, fit_layouts, import_tflite, read_notes
+from edgekd.models.tflite_file import (
     depth_of,
     ensure_signature,
     iospec_of,
@@ -28,6 +27,7 @@ from edgekd.tflite_io import (
     set_metadata,
     unique_tensor_names,
 )
+from edgekd.records import IOSpec, Precision, TensorSpec
 
 WEIGHT = np.arange(6, dtype=np.float32).reshape(2, 3) / 10
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from edgekd.conversion.toolchain import Toolchain, require_road, toolchain_of
 from edgekd.errors import ConfigError, UnsupportedModel
 from edgekd.quantize.recipes import candidate_schemes, timed_schemes
 from edgekd.records import Capabilities, Format, Precision
 from edgekd.registry import table
 from edgekd.spaces import Fixed
 from edgekd.teachers import CallableTeacher, OnnxTeacher
-from edgekd.toolchain import Toolchain, require_road, toolchain_of
 
 
 def able(*formats: Format, schemes: tuple[str, ...] = ("u8s8", "s8s8", "static_int8", "dynamic_int8")) -> Capabilities:

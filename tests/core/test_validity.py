@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from edgekd.measuring.validity import causes, unchecked, validity_reason
 from edgekd.records import Launch, Limits, Snapshot
-from edgekd.validity import causes, unchecked, validity_reason
 
 LIMITS = Limits(temperature_max_c=80.0, sentinel_ns=1_000_000)
 STATE = Snapshot(frequency_mhz=2000.0, temperature_c=50.0, steal_share=0.0, sentinel_ns=1_010_000)

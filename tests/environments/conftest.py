@@ -35,7 +35,7 @@ def home(pytestconfig: pytest.Config) -> Path | None:
 @pytest.fixture(scope="session")
 def need(home: Path | None) -> Any:
     """A function that gives the options of a request for an environment, or skips the test where it was not made."""
-    from edgekd.environments import environment_state, spec_of
+    from edgekd.conversion.environments import environment_state, spec_of
 
     def options(name: str) -> dict[str, str]:
         state = environment_state(spec_of(name), home)

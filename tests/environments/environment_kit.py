@@ -13,7 +13,7 @@ from torch import nn
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
-from edgekd.onnx_io import import_onnx
+from edgekd.models.onnx_file import import_onnx
 from edgekd.quantize import make_recipe
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.registry import load

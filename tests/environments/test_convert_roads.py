@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import edgekd
+from edgekd.models.tflite_file import load_model, precision_of, read_graph
 from edgekd.records import Precision
-from edgekd.tflite_io import load_model, precision_of, read_graph
 from tests.contracts.tiny_models import ConvNet, noise
 from tests.environments.environment_kit import legacy_onnx
 

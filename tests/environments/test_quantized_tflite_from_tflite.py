@@ -17,12 +17,12 @@ import torch
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, ConvertRequest, Infer
 from edgekd.errors import ConfigError, ConversionRejected, DataError, ModelError
+from edgekd.models.tflite_file import TfliteGraph, load_model, read_graph
 from edgekd.quantize import make_recipe
 from edgekd.quantize.calibrate import calibration_set, observe
 from edgekd.records import Format, Precision
 from edgekd.registry import load
 from edgekd.testing import ConverterContract
-from edgekd.tflite_io import TfliteGraph, load_model, read_graph
 from tests.contracts.litert_nets import Borders, Recurrent, Residual, SqueezeExcite, Transformer, convert, images, native, sequences, sqnr_db
 from tests.contracts.tiny_models import ConvNet, noise
 
@@ -243,7 +243,7 @@ def test_calibration_inputs_are_turned_to_the_layout_of_the_file(tmp_path: Path)
 
 
 def test_a_file_of_others_is_prepared_and_quantized(residual: StoredArtifact, tmp_path: Path) -> None:
-    from edgekd.tflite_io import pack_model
+    from edgekd.models.tflite_file import pack_model
 
     model = load_model(residual.entry)
     model.signatureDefs = None

@@ -11,7 +11,7 @@ import pytest
 
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
-from edgekd.environments import environment_python
+from edgekd.conversion.environments import environment_python
 from edgekd.errors import ConversionRejected, ModelError, WorkerFailed
 from edgekd.records import Format, IOSpec, Precision, TensorSpec
 from edgekd.registry import load

@@ -12,9 +12,9 @@ import pytest
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
-from edgekd.environments import environment_python
+from edgekd.conversion.environments import environment_python
 from edgekd.errors import ConfigError, ConversionRejected, MissingEnvironment, WorkerFailed
-from edgekd.onnx_io import import_onnx
+from edgekd.models.onnx_file import import_onnx
 from edgekd.records import Precision
 from edgekd.testing import ConverterContract
 from tests.contracts.tiny_models import TwoInputs, UNet, changed, export, exported_convnet, noise

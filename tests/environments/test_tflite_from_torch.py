@@ -20,11 +20,11 @@ from torch import nn
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError
+from edgekd.models.tflite_artifact import fit_layouts
+from edgekd.models.tflite_file import load_model, read_graph
 from edgekd.records import IOSpec, TensorSpec
 from edgekd.registry import load
 from edgekd.testing import ConverterContract
-from edgekd.tflite_artifact import fit_layouts
-from edgekd.tflite_io import load_model, read_graph
 from tests.contracts.litert_nets import Borders, Recurrent, Residual, SqueezeExcite, Transformer, convert, images, native, one_by_one, sequences
 from tests.contracts.tiny_models import ConvNet, UNet, noise, spec_of
 

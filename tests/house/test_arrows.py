@@ -153,7 +153,7 @@ def test_an_allowed_import_is_not_reported(where: str, text: str) -> None:
 def test_profiles_are_reached_as_data_only_by_the_profile_reader() -> None:
     naming = [path.name for path in sources(CORE) if "edgekd.profiles" in path.read_text(encoding="utf-8")]
     assert naming == ["profile_file.py"]
-    text = (ROOT / "edgekd" / "profile_file.py").read_text(encoding="utf-8")
+    text = (ROOT / "edgekd" / "settings" / "profile_file.py").read_text(encoding="utf-8")
     assert text.count("edgekd.profiles") == text.count('importlib.resources.files("edgekd.profiles")')
 
 

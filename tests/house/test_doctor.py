@@ -10,8 +10,8 @@ import pytest
 
 from edgekd import doctor
 from edgekd.errors import ConfigError
-from edgekd.profile_file import load_profile
 from edgekd.records import Fingerprint
+from edgekd.settings.profile_file import load_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from edgekd import environments
-from edgekd.environments import (
+from edgekd.conversion import environments
+from edgekd.conversion.environments import (
     EnvironmentSpec,
     create_environment,
     environment_python,

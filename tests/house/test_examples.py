@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekd.jobs import load_job
+from edgekd.settings.jobs import load_job
 from edgekd.stats import tolerance_factor
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -72,4 +72,4 @@ def test_the_doctor_loads_no_torch() -> None:
 
 
 def test_looking_at_profiles_loads_nothing_heavy() -> None:
-    assert loaded_after("from edgekd.profile_file import list_profiles; list_profiles()") == set()
+    assert loaded_after("from edgekd.settings.profile_file import list_profiles; list_profiles()") == set()

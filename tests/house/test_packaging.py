@@ -54,7 +54,7 @@ my-tidying = "my_package:MyConverter"
 """
 PLUG_IN_TESTS = """
 from edgekd.contracts import ConvertRequest
-from edgekd.profile_file import load_profile
+from edgekd.settings.profile_file import load_profile
 from edgekd.registry import load
 from edgekd.testing import ConverterContract, TransportContract, two_headed, two_inputs
 
@@ -180,7 +180,7 @@ def test_the_installed_package_loads_profiles_and_plug_ins_from_another_folder(c
     code = (
         "import sys, edgekd\n"
         "from edgekd import registry\n"
-        "from edgekd.profile_file import list_profiles, load_profile\n"
+        "from edgekd.settings.profile_file import list_profiles, load_profile\n"
         "assert load_profile('local').runtime.kind == 'onnxruntime'\n"
         "assert {row.name for row in list_profiles()} >= {'local', 'null'}\n"
         "for kind in ('transports', 'runtimes', 'converters'):\n"

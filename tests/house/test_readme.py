@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 from edgekd import registry, testing
 from edgekd.cli.main import cli
-from edgekd.profile_file import load_profile
+from edgekd.settings.profile_file import load_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from edgekd.bundle import open_bundle
 from edgekd.cli.main import cli
 from edgekd.doctor import architecture_problem
 from edgekd.errors import EXIT_ERROR, BudgetError, DataError, EdgekdError, InputError, ModelError
-from edgekd.jobs import load_job
+from edgekd.settings.jobs import load_job
 from tests.pipeline.bundle_kit import ROOT, bundle_copy, edit, home, interpreter, save_inputs, shell
 
 

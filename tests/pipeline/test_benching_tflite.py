@@ -8,7 +8,7 @@ import pytest
 
 from edgekd.benching import bench
 from edgekd.errors import ModelError, UnsupportedModel
-from edgekd.model_file import format_of, import_model
+from edgekd.models.model_file import format_of, import_model
 from edgekd.records import Format, Precision
 from edgekd.target import connect
 from edgekd.testing.tflite_models import HandOp, HandTensor, hand_made, two_headed_tflite

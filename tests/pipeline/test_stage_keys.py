@@ -20,7 +20,7 @@ import torch
 from edgekd.contracts import ConvertRequest
 from edgekd.data import Arrays, make_split
 from edgekd.errors import DataError
-from edgekd.keys import stage_key
+from edgekd.identity.keys import stage_key
 from edgekd.options import Options
 from edgekd.pipeline import compress, make_context
 from edgekd.records import Budget, IOSpec, TensorSpec

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekd.errors import ProfileError
-from edgekd.profile_fields import OFF, describe_fields
-from edgekd.profile_file import list_profiles, load_profile
 from edgekd.records import MeasureConfig, Precision, Profile
-from edgekd.toml_text import line_of
+from edgekd.settings.profile_fields import OFF, describe_fields
+from edgekd.settings.profile_file import list_profiles, load_profile
+from edgekd.settings.toml_text import line_of
 
 README = Path(__file__).resolve().parents[2] / "profiles" / "README.md"
 

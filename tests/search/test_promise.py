@@ -19,7 +19,7 @@ from edgekd.target import LiveTarget, connect
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-from edgekd.measure import Subject, measure_verdict, screen  # noqa: E402
+from edgekd.measuring.measure import Subject, measure_verdict, screen  # noqa: E402
 from edgekd.verdict import is_undecided, judge  # noqa: E402
 
 WIDTHS, DEPTHS, KERNELS = [4, 6, 8, 12, 16, 20, 24, 28, 32], [1, 2, 3, 4], [1, 3]

@@ -10,7 +10,7 @@ import pytest
 
 import edgekd
 from edgekd.errors import ConfigError, DeviceError, ProfileError
-from edgekd.profile_file import load_profile
+from edgekd.settings.profile_file import load_profile
 from edgekd.target import LiveTarget, hardware_text
 
 RECORDER = """

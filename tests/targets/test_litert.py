@@ -16,8 +16,8 @@ from edgekd import registry
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Runtime, Transport
 from edgekd.errors import DeviceError, ModelError, ProfileError, UnsupportedModel
-from edgekd.profile_file import load_profile
 from edgekd.records import Format, IOSpec, Precision, Profile, RuntimeConfig, TensorSpec, TransportConfig
+from edgekd.settings.profile_file import load_profile
 from edgekd.target import connect
 from edgekd.testing import RuntimeContract, TransportContract, two_headed_outputs, two_inputs
 from edgekd.testing.tflite_models import HandOp, HandTensor, hand_made, store_hand_made, two_headed_tflite

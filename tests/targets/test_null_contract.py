@@ -8,7 +8,7 @@ import pytest
 
 from edgekd import registry
 from edgekd.contracts import Runtime
-from edgekd.profile_file import load_profile
+from edgekd.settings.profile_file import load_profile
 from edgekd.testing import RuntimeContract
 
 pytest.importorskip("onnxruntime")

@@ -15,8 +15,8 @@ from edgekd import registry
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import BenchmarkRequest, Runtime
 from edgekd.errors import BundleError, ConfigError, DataError, ModelError, ProfileError
-from edgekd.profile_file import load_profile
 from edgekd.records import Format, IOSpec, LaunchProtocol, Precision, Profile, RuntimeConfig, TensorSpec
+from edgekd.settings.profile_file import load_profile
 
 PROTOCOL = LaunchProtocol(min_samples=400, warmup_min_s=0.0, warmup_max_s=0.0, min_time_s=0.0)
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from edgekd.contracts import Array, Tensors
 from edgekd.errors import ConfigError, DataError
-from edgekd.parity import Tolerance, compare_hop, tolerance_for
-from edgekd.parity_measures import FP16_MAX, permutations, saturation_of
+from edgekd.parity.compare import Tolerance, compare_hop, tolerance_for
+from edgekd.parity.measures import FP16_MAX, permutations, saturation_of
 from edgekd.records import HopParity, Precision, TensorParity, TensorSpec
 
 Run = Callable[[Tensors], Mapping[str, Array]]

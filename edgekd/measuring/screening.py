@@ -11,10 +11,10 @@ import msgspec
 import numpy as np
 
 from edgekd.contracts import Target
-from edgekd.launching import Bench, Progress, Subject, by_label, cache_path, cached
+from edgekd.measuring.launching import Bench, Progress, Subject, by_label, cache_path, cached
+from edgekd.measuring.validity import causes, validity_reason
 from edgekd.records import Grade, Launch, Limits, Measurement, MeasurePlan, Record
 from edgekd.stats import CONFIDENCE, percentile_of, student_quantile
-from edgekd.validity import causes, validity_reason
 
 LOW = 10.0
 """The percentile of a launch's inferences that candidates are ranked by: interference is one-sided, it only slows inferences down."""

@@ -35,9 +35,9 @@ def import_model(path: Path, folder: Path) -> StoredArtifact:
         MissingDependency: the package that reads this format is missing.
     """
     if format_of(path) is Format.TFLITE:
-        from edgekd.tflite_import import take_tflite
+        from edgekd.models.tflite_import import take_tflite
 
         return take_tflite(path, folder)
-    from edgekd.onnx_io import import_onnx
+    from edgekd.models.onnx_file import import_onnx
 
     return import_onnx(path, folder)

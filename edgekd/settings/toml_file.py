@@ -15,7 +15,7 @@ import msgspec
 
 from edgekd.errors import ConfigError, InputError, near_names
 from edgekd.records.base import Record
-from edgekd.toml_text import error_line, line_of
+from edgekd.settings.toml_text import error_line, line_of
 
 R = TypeVar("R", bound=Record)
 KeyPath = tuple[str, ...]

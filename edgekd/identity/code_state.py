@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.code_text import code_text, digest, is_library, source_of, steps_of
+from edgekd.identity.code_text import code_text, digest, is_library, source_of, steps_of
 
 _REFUSED = (TypeError, ValueError, AttributeError, RuntimeError, pickle.PickleError)
 """What an object raises that cannot be taken apart."""

@@ -15,7 +15,7 @@ from edgekd.errors import BudgetError, near_names
 from edgekd.options import Options, QuantizeOptions, SearchOptions, TrainOptions
 from edgekd.records import Budget, Record
 from edgekd.records.model import NonNegative
-from edgekd.toml_file import TomlText, apply_overrides, check_known, load_toml, parse_overrides, to_record
+from edgekd.settings.toml_file import TomlText, apply_overrides, check_known, load_toml, parse_overrides, to_record
 
 if TYPE_CHECKING:
     from edgekd.contracts import StudentSpace, Target

@@ -12,8 +12,8 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, Tensors
+from edgekd.conversion.formats import TORCH
 from edgekd.errors import ConfigError, DataError, ModelError
-from edgekd.formats import TORCH
 from edgekd.records import Artifact, Format, IOSpec, Precision, TensorSpec
 from edgekd.storage import copy_file
 
@@ -86,7 +86,7 @@ def source_format(model: Any) -> str:
         return Format.KERAS.value
     if path.suffix not in (".onnx", ".tflite"):
         raise ModelError(f"{path} has no ending that says what it is", found=path.suffix or "(none)", allowed=_ALLOWED, subject=path)
-    from edgekd.model_file import format_of
+    from edgekd.models.model_file import format_of
 
     return format_of(path).value
 
@@ -114,11 +114,11 @@ def open_source(model: Any, format: str, folder: Path, iospec: IOSpec | None, ex
         stored.verify()
         return Source(format, stored.record.iospec, artifact=stored)
     if format == Format.ONNX.value:
-        from edgekd.onnx_io import import_onnx
+        from edgekd.models.onnx_file import import_onnx
 
         made = import_onnx(path, folder, like=iospec)
     elif format == Format.TFLITE.value:
-        from edgekd.tflite_artifact import import_tflite
+        from edgekd.models.tflite_artifact import import_tflite
 
         made = import_tflite(path, folder, like=iospec)
     else:
@@ -247,7 +247,7 @@ def refit(arrays: Tensors, before: IOSpec, made: StoredArtifact, *, changed: boo
     Raises:
         DataError: the two layouts differ in another way, or whole numbers do not fit the new type.
     """
-    from edgekd.tflite_artifact import fit_layouts
+    from edgekd.models.tflite_artifact import fit_layouts
 
     told = made.record.metadata.get("orders", "") if changed else ""
     if told:

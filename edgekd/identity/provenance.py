@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from edgekd.code_state import Walk
-from edgekd.code_text import is_library, source_of
 from edgekd.errors import ConfigError, ModelError, Rejected
+from edgekd.identity.code_state import Walk
+from edgekd.identity.code_text import is_library, source_of
 
 if TYPE_CHECKING:
     import torch

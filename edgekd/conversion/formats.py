@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from edgekd import registry
-from edgekd.environments import create_line, environment_state, known_environments
+from edgekd.conversion.environments import create_line, environment_state, known_environments
 from edgekd.errors import ConfigError, RegistryError, near_names
 from edgekd.records import Format, Precision
 

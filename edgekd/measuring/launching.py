@@ -15,9 +15,9 @@ import msgspec
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import BenchmarkRequest, Target, Tensors
 from edgekd.errors import InputError, RunnerFailed
+from edgekd.measuring.validity import validity_reason
 from edgekd.records import Grade, Launch, LaunchProtocol, Limits, Measurement, Record
 from edgekd.storage import sha256_bytes
-from edgekd.validity import validity_reason
 
 R = TypeVar("R", bound=Record)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Infer, Tensors
 from edgekd.errors import ModelError
-from edgekd.parity import BASE_DEPTH, compare_tensors, tolerance_for
-from edgekd.parity_faults import Diagnosis, Fault, Finding, diagnose
-from edgekd.parity_graph import Graph, depth_told, graph_of, output_ranges
+from edgekd.parity.compare import BASE_DEPTH, compare_tensors, tolerance_for
+from edgekd.parity.faults import Diagnosis, Fault, Finding, diagnose
+from edgekd.parity.graph import Graph, depth_told, graph_of, output_ranges
 from edgekd.quantize.calibrate import plan_taps
 from edgekd.records import Precision, TensorParity
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgekd.contracts import Array, Tensors
 from edgekd.errors import DataError, ParityRejected
-from edgekd.parity_measures import (
+from edgekd.parity.measures import (
     FP16_MAX,
     NO_DISTANCE,
     Distance,
@@ -226,7 +226,7 @@ def require_parity(hops: Iterable[HopParity]) -> None:
         raise ParityRejected(
             f"the model computes something else after {bad.hop}",
             found=f"{bad.first_bad}: {reason}",
-            hint="`edgekd.parity_bisect.bisect` names the first tensor inside the model that differs",
+            hint="`edgekd.parity.bisection.bisect` names the first tensor inside the model that differs",
             subject=bad,
         )
 

@@ -15,9 +15,9 @@ import msgspec
 import msgspec.inspect as inspect
 
 from edgekd.errors import ProfileError, near_names
-from edgekd.profile_fields import OFF, FieldRow, allowed_text, describe_fields, fits, plain, struct_of
 from edgekd.records import Profile
-from edgekd.toml_text import error_line, line_of
+from edgekd.settings.profile_fields import OFF, FieldRow, allowed_text, describe_fields, fits, plain, struct_of
+from edgekd.settings.toml_text import error_line, line_of
 
 __all__ = ["FieldRow", "Overrides", "ProfileEntry", "describe_fields", "list_profiles", "load_profile", "override_profile"]
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from edgekd.aa import aa_run, calibrate_limits
 from edgekd.contracts import Target
-from edgekd.launching import Bench, Progress, Subject, by_label
+from edgekd.measuring.aa import aa_run, calibrate_limits
+from edgekd.measuring.launching import Bench, Progress, Subject, by_label
+from edgekd.measuring.screening import Screened, rank, screen
+from edgekd.measuring.validity import causes
 from edgekd.records import Grade, Limits, Measurement, MeasurePlan
-from edgekd.screening import Screened, rank, screen
-from edgekd.validity import causes
 
 __all__ = ["Progress", "Screened", "Subject", "aa_run", "calibrate_limits", "measure_verdict", "rank", "screen"]
 

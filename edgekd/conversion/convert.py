@@ -14,11 +14,11 @@ import msgspec
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, CalibrationSet, ConvertRequest, Target, Tensors
-from edgekd.converting_inputs import CHANNEL_LAST, Source, given_inputs, open_source, refit, source_format
+from edgekd.conversion.formats import HOST_PROFILES, FormatGraph, Route, load_graph
+from edgekd.conversion.inputs import CHANNEL_LAST, Source, given_inputs, open_source, refit, source_format
 from edgekd.errors import ConfigError, ParityRejected, UnsupportedModel
-from edgekd.formats import HOST_PROFILES, FormatGraph, Route, load_graph
-from edgekd.parity import BASE_DEPTH, compare_hop, first_bad_hop, require_parity
-from edgekd.parity_graph import output_ranges
+from edgekd.parity.compare import BASE_DEPTH, compare_hop, first_bad_hop, require_parity
+from edgekd.parity.graph import output_ranges
 from edgekd.records import Artifact, HopParity, IOSpec, Precision, QuantRecipe, Record
 from edgekd.storage import copy_file, folder_atomic
 

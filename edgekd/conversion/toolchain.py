@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Converter, StudentSpace, Teacher, Tensors
+from edgekd.conversion.formats import HOST_PROFILES
 from edgekd.errors import ConfigError, UnsupportedModel
-from edgekd.formats import HOST_PROFILES
 from edgekd.records import Capabilities, Format, Precision, Record
 from edgekd.registry import load, table
 

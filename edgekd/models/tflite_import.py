@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 
 from edgekd.artifact import StoredArtifact, store_artifact
+from edgekd.models.tflite_file import depth_of, iospec_of, load_model, precision_of, read_graph
 from edgekd.records import Format, IOSpec, TensorSpec
 from edgekd.storage import copy_file
-from edgekd.tflite_io import depth_of, iospec_of, load_model, precision_of, read_graph
 
 _ENTRY = "model.tflite"
 _BATCH = "batch"

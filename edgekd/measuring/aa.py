@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 
 from edgekd.contracts import Target
-from edgekd.launching import Bench, Progress, Subject, cache_path, cached
+from edgekd.measuring.launching import Bench, Progress, Subject, cache_path, cached
+from edgekd.measuring.validity import causes, frequency_drop_of, sentinel_drift_of, steal_of, temperature_rise_of
 from edgekd.records import AaRun, Launch, Limits
 from edgekd.stats import percentile_of
-from edgekd.validity import causes, frequency_drop_of, sentinel_drift_of, steal_of, temperature_rise_of
 
 BLOCKS = 2
 """Blocks of four launches, ABBA or BAAB: eight launches."""

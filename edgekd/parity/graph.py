@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edgekd.artifact import StoredArtifact
 from edgekd.errors import ModelError
-from edgekd.onnx_io import Node, float_tensors, nodes_of, require_onnx
+from edgekd.models.onnx_file import Node, float_tensors, nodes_of, require_onnx
 from edgekd.records import Format
 
 _INTEGERS = {"int8": (-128, 127), "uint8": (0, 255)}
@@ -70,7 +70,7 @@ def _ends(scale: float, zero: int, dtype: str) -> tuple[float, float]:
 
 
 def _onnx_graph(artifact: StoredArtifact) -> Graph:
-    from edgekd.onnx_io import load_model
+    from edgekd.models.onnx_file import load_model
 
     onnx = require_onnx("reading an ONNX model")
     model = load_model(artifact.entry)
@@ -97,7 +97,7 @@ def _onnx_graph(artifact: StoredArtifact) -> Graph:
 
 
 def _tflite_graph(artifact: StoredArtifact) -> Graph:
-    from edgekd.tflite_io import TfliteTensor, load_model, read_graph
+    from edgekd.models.tflite_file import TfliteTensor, load_model, read_graph
 
     graph = read_graph(load_model(artifact.entry))
     nodes = tuple(Node(op.name, op.kind, tuple(tensor.name for tensor in op.inputs), tuple(tensor.name for tensor in op.outputs)) for op in graph.ops)

@@ -13,9 +13,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, Tensors
 from edgekd.errors import DataError, ModelError
-from edgekd.records import Format, IOSpec, Precision
-from edgekd.storage import write_atomic
-from edgekd.tflite_io import (
+from edgekd.models.tflite_file import (
     TfliteGraph,
     depth_of,
     ensure_signature,
@@ -31,6 +29,8 @@ from edgekd.tflite_io import (
     set_metadata,
     unique_tensor_names,
 )
+from edgekd.records import Format, IOSpec, Precision
+from edgekd.storage import write_atomic
 
 ENTRY = "model.tflite"
 """The file of a TFLite artifact."""

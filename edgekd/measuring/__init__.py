@@ -1,0 +1,1 @@
+"""Latency as launches on the device tell it: limits of validity, screens, verdict sessions."""

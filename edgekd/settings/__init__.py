@@ -1,0 +1,1 @@
+"""TOML that users write: job files and target profiles."""
