@@ -57,11 +57,11 @@ class RunnerJobs:
     Models lie in `models/<hash>` and are sent once; the files of a job lie in `work/<job>` and are removed with it.
     """
 
-    def __init__(self, profile: Profile, transport: Transport, backend: str, package: str = "") -> None:
+    def __init__(self, profile: Profile, transport: Transport, backend: str, package: str) -> None:
         self.profile = profile
         self.transport = transport
         self.backend = backend
-        self.package = package or backend
+        self.package = package
         self._runner = ""
         self._sent: set[str] = set()
 

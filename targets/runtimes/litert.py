@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import Array, BenchmarkRequest, Tensors, Transport
-from edgekd.errors import DeviceError, MissingDependency, ProfileError, RunnerFailed, UnsupportedModel
-from edgekd.records import Capabilities, Fingerprint, Format, Launch, OpTime, Precision, Profile, Snapshot, SupportReport
+from edgekd.contracts import Array, Tensors
+from edgekd.errors import UnsupportedModel
+from edgekd.records import Capabilities, Format, OpTime, Precision
 
-from ._job import RunnerJobs
-from ._models import compared_names, fitting, fitting_request, output_names, refused_record
-
-_SHORT_S = 120.0
-_SAMPLE_S = 2.0
-_PACKAGES = ("ai_edge_litert", "tflite_runtime")
+from ._models import fitting, output_names
+from ._on_runner import SAMPLE_S, SHORT_S, OnRunner
 
 
-class LiteRt:
+class LiteRt(OnRunner):
     """The `litert` runtime: the interpreter of ai-edge-litert, or of tflite-runtime where the device has only that, with XNNPACK.
 
     The fingerprint's `package` says which, `runtime_version` its version. `runtime.options` knows `lock` (the path of the device's lock
@@ -32,43 +23,10 @@ class LiteRt:
     """
 
     name = "litert"
-
-    def __init__(self, profile: Profile, transport: Transport) -> None:
-        self.profile = profile
-        self.transport = transport
-        self._jobs = RunnerJobs(profile, transport, self.name, package="ai-edge-litert")
-        self._fields: dict[str, str] | None = None
-
-    def open(self) -> None:
-        """Send the runner and ask what the device is.
-
-        Raises:
-            MissingDependency: the local target needs ai-edge-litert on this machine.
-            DeviceError: the device lacks ai-edge-litert or numpy; the message holds the command that installs them.
-            ProfileError: an option is unknown.
-        """
-        for name, value in self.profile.runtime.options.items():
-            if name != "lock" or not isinstance(value, str):
-                raise ProfileError(f"runtime.options.{name} is not known here", found=value, allowed="lock = a path", subject=name)
-        here = self.profile.transport.kind == "local" and not self.profile.transport.python
-        if here and not any(importlib.util.find_spec(package) for package in _PACKAGES):
-            raise MissingDependency("ai-edge-litert", "litert", purpose="the runtime litert on this machine")
-        self._jobs.install()
-        self._fields, _ = self._jobs.probe()
-
-    def close(self) -> None:
-        """Nothing runs between calls; models stay on the device for the next session."""
-        self._fields = None
-
-    def fingerprint(self) -> Fingerprint:
-        """What the device is, as found when the runtime was opened.
-
-        Raises:
-            DeviceError: the runtime is not open.
-        """
-        if self._fields is None:
-            raise DeviceError("the runtime is not open", hint="use it between open() and close()", subject=self.name)
-        return Fingerprint(fields=dict(self._fields))
+    format = Format.TFLITE
+    package = "ai-edge-litert"
+    modules = ("ai_edge_litert", "tflite_runtime")
+    extra = "litert"
 
     def capabilities(self) -> Capabilities:
         """What LiteRT does on a processor: int8 and float32; a float16 file is smaller, but XNNPACK computes it in float32 there.
@@ -87,46 +45,9 @@ class LiteRt:
             op_times=False,
         )
 
-    def snapshot(self) -> Snapshot:
-        """The device's state now; the share of stolen time is that of a tenth of a second."""
-        with self._jobs.folder("snapshot") as work:
-            lines = self._jobs.call("snapshot", work, _SHORT_S)
-        return msgspec.convert(lines[0]["snapshot"], Snapshot)
-
-    def supports(self, model: StoredArtifact) -> SupportReport:
-        """Whether the model is TFLite with tensors of numbers and an interpreter takes it on the device, which is tried.
-
-        The note says which operators XNNPACK leaves to the interpreter's own, often slower, kernels. A model that the device's
-        package is known to compute wrongly is not supported, and does not load for any other call either.
-        """
-        refused = refused_record(model.record, Format.TFLITE)
-        if refused is not None:
-            return refused
-        try:
-            with self._jobs.folder("check") as work:
-                found = self._jobs.call("check", work, _SHORT_S, model=self._jobs.send_model(model))[0]
-        except UnsupportedModel as error:
-            return SupportReport(supported=False, missing={str(error.subject): str(error.found)}, note=error.what)
-        except RunnerFailed as error:
-            return SupportReport(supported=False, missing={"session": str(error.found)}, note=f"creating an interpreter failed hard: {error.what}")
-        return msgspec.structs.replace(compared_names(model.record, found["inputs"], found["outputs"]), note=delegation_text(found["facts"]))
-
-    def compile(self, model: StoredArtifact, folder: Path) -> StoredArtifact:
-        """The same files in `folder`: LiteRT deploys what it is given."""
-        return model if folder.resolve() == model.folder.resolve() else model.copy_to(folder)
-
-    def benchmark(self, request: BenchmarkRequest) -> tuple[Launch, ...]:
-        """One launch, a fresh process on the device, per label of the schedule, in order, with raw samples.
-
-        A sample covers copying the inputs in, the inference and copying all outputs out, in the types of the file.
-
-        Raises:
-            ConfigError: the schedule is empty or names a label without a model or inputs; DataError: the inputs do not fit.
-            DeviceBusy: another benchmark held the device for `measure.lock_wait_s`.
-            DeviceTimeout, LinkLost, RunnerFailed: the device or the way to it failed; ask again to find a job that still runs.
-            UnsupportedModel, ModelError: a model cannot be loaded, or not run with these inputs.
-        """
-        return self._jobs.benchmark(replace(request, inputs=fitting_request(request)))
+    def support_note(self, found: Mapping[str, Any]) -> str:
+        """Which operators XNNPACK leaves to the interpreter's own, often slower, kernels."""
+        return delegation_text(found["facts"])
 
     def infer(self, model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:
         """Outputs `(samples, ...)` by the names and in the order of the IOSpec, then the tapped tensors; all of it in one process.
@@ -150,7 +71,7 @@ class LiteRt:
                 "outputs": names,
                 "taps": names[len(model.record.iospec.outputs) :],
             }
-            line = self._jobs.call("infer", work, _SHORT_S + samples * _SAMPLE_S, **fields)[0]
+            line = self._jobs.call("infer", work, SHORT_S + samples * SAMPLE_S, **fields)[0]
             return {name: self._jobs.fetch(line["files"][name]) for name in names}
 
     def op_times(self, model: StoredArtifact, inputs: Tensors, runs: int = 50) -> tuple[OpTime, ...]:
