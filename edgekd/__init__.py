@@ -25,6 +25,7 @@ _FACE = {
     "Result": "edgekd.result",
     "bench": "edgekd.benching",
     "compress": "edgekd.pipeline",
+    "compress_for": "edgekd.fleet",
     "connect": "edgekd.target",
     "convert": "edgekd.conversion.convert",
     "gate": "edgekd.gating",
@@ -45,6 +46,7 @@ __all__ = [
     "__version__",
     "bench",
     "compress",
+    "compress_for",
     "connect",
     "convert",
     "gate",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from edgekd.conversion.convert import convert as convert
     from edgekd.data import Arrays as Arrays
     from edgekd.errors import EdgekdError as EdgekdError
+    from edgekd.fleet import compress_for as compress_for
     from edgekd.gating import gate as gate
     from edgekd.gating import validate as validate
     from edgekd.options import Options as Options

@@ -171,11 +171,12 @@ def open_bundle(folder: Path) -> Bundle:
         BundleError: it is no bundle, a file is missing, was changed, or is not in the manifest.
     """
     if not (folder / MANIFEST).is_file():
+        inside = sorted(str(path.parent) for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{MANIFEST}"))
         raise BundleError(
             "this folder is not a bundle",
             found=str(folder),
             allowed=f"a folder with {MANIFEST}",
-            hint="give the bundle folder that a run printed",
+            hint=f"name one of the bundles in it: {', '.join(inside)}" if inside else "give the bundle folder that a run printed",
             subject=folder,
         )
     manifest = _loaded(Manifest, folder / MANIFEST, f"the bundle's {MANIFEST} cannot be read")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -56,6 +56,7 @@ __all__ = [
     "require_samples",
     "resolve_limit",
     "same_outputs",
+    "worst",
 ]
 
 EXIT_OF: Mapping[Outcome, int] = {Outcome.PASS: EXIT_PASS, Outcome.FAIL: EXIT_FAIL, Outcome.REFUSE: EXIT_REFUSE}
@@ -236,10 +237,15 @@ def check_ceiling(name: str, value: float | None, limit: float, unit: str) -> Ch
     return Check(name=name, outcome=Outcome.PASS if within else Outcome.FAIL, value=value, limit=limit, unit=unit, n=1, reason=reason)
 
 
+def worst(outcomes: Iterable[Outcome]) -> Outcome:
+    """What several outcomes come to together: any fail is a fail; else any refuse is a refuse; else pass."""
+    found = set(outcomes)
+    return next((outcome for outcome in (Outcome.FAIL, Outcome.REFUSE) if outcome in found), Outcome.PASS)
+
+
 def outcome_of(checks: Sequence[Check]) -> Outcome:
-    """What checks come to by themselves: any fail is a fail; else any refuse is a refuse; else pass."""
-    outcomes = {check.outcome for check in checks}
-    return next((outcome for outcome in (Outcome.FAIL, Outcome.REFUSE) if outcome in outcomes), Outcome.PASS)
+    """What checks come to by themselves, the worst of them."""
+    return worst(check.outcome for check in checks)
 
 
 def combine(checks: Sequence[Check], simulated: str = "", accept_simulated: bool = False) -> Verdict:

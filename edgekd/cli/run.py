@@ -12,6 +12,7 @@ import click
 from edgekd.cli.common import FILE, FOLDER, json_option, print_json, print_ledger, print_verdict, require, set_option, target_option
 
 if TYPE_CHECKING:
+    from edgekd.fleet import Fleet
     from edgekd.result import Result
 
 _ONLY_ONNX = {
@@ -27,18 +28,36 @@ _ONLY_ONNX = {
 """Options that a job does not take, and what says the same there."""
 
 
+def _result_json(result: Result) -> dict[str, Any]:
+    return {
+        "verdict": result.verdict.to_builtins(),
+        "exit_code": result.exit_code,
+        "bundle": None if result.bundle is None else str(result.bundle),
+        "report": str(result.report),
+        "run_dir": str(result.run_dir),
+        "ledger": result.ledger.to_builtins(),
+    }
+
+
+def _print_fleet(fleet: Fleet, as_json: bool) -> int:
+    """Every target's result, one line of each verdict, and the report of all."""
+    if as_json:
+        runs = {name: _result_json(result) for name, result in fleet.results.items()}
+        print_json({"outcome": fleet.outcome.value, "exit_code": fleet.exit_code, "report": str(fleet.report), "run_dir": str(fleet.run_dir), "targets": runs})
+        return fleet.exit_code
+    for name, result in fleet.results.items():
+        click.echo(f"== target {name}")
+        _print_result(result, as_json=False)
+    click.echo("== all targets")
+    for name, result in fleet.results.items():
+        click.echo(f"{name}: {result.verdict.outcome.value}: {result.verdict.reason}")
+    click.echo(f"report of all targets: {fleet.report}")
+    return fleet.exit_code
+
+
 def _print_result(result: Result, as_json: bool) -> int:
     if as_json:
-        print_json(
-            {
-                "verdict": result.verdict.to_builtins(),
-                "exit_code": result.exit_code,
-                "bundle": None if result.bundle is None else str(result.bundle),
-                "report": str(result.report),
-                "run_dir": str(result.run_dir),
-                "ledger": result.ledger.to_builtins(),
-            }
-        )
+        print_json(_result_json(result))
         return result.exit_code
     print_ledger(result.ledger)
     print_verdict(result.verdict)
@@ -93,7 +112,12 @@ def demo(run_dir: Path, target: str, overrides: tuple[str, ...], seed: int, acce
 @click.option("--percentile", type=float, help="With --quantize-only: the budget's percentile. Default: 50.")
 @click.option("--max-drop", type=float, help="With --quantize-only: the largest drop of the metric, for example 0.01.")
 @click.option("--size-mb", type=float, help="With --quantize-only: the size budget in megabytes (10^6 bytes).")
-@click.option("--target", help="A profile by name, or the path of its file. Default: what the job says; local with --quantize-only.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="A profile by name, or the path of its file; several times for several targets. Default: what the job says, or local.",
+)
 @click.option("--task", type=click.Choice(["classification", "regression"]), help="With --quantize-only: what outputs mean. Default: told from the data.")
 @click.option("--seed", type=click.IntRange(min=0), help="With --quantize-only: seed of the split. Default: 0.")
 @click.option("--allow-extreme", is_flag=True, default=None, help="Accept a budget above the teacher's latency or below a hundredth of it.")
@@ -101,7 +125,8 @@ def demo(run_dir: Path, target: str, overrides: tuple[str, ...], seed: int, acce
 def compress(job: Path | None, plan_only: bool, overrides: tuple[str, ...], run_dir: Path | None, as_json: bool, model: Path | None, **only: Any) -> int:
     """Make a student that meets a budget: from JOB (a TOML file), or from one ONNX file with --quantize-only.
 
-    The same command continues a run that was killed. Exits 0 on pass, 1 on fail, 2 on refuse.
+    The same command continues a run that was killed. Exits 0 on pass, 1 on fail, 2 on refuse; of several targets the worst counts,
+    a fail before a refuse.
     """
     if (job is None) == (model is None):
         raise click.UsageError("give a JOB file, or --quantize-only MODEL.onnx --data FOLDER")
@@ -118,34 +143,38 @@ def compress(job: Path | None, plan_only: bool, overrides: tuple[str, ...], run_
     return _compress_job(place, (*overrides, *_job_overrides(**only)), run_dir, plan_only, as_json)
 
 
-def _job_overrides(target: str | None, allow_extreme: bool | None, accept_simulated: bool | None, **_: Any) -> list[str]:
+def _job_overrides(targets: tuple[str, ...], allow_extreme: bool | None, accept_simulated: bool | None, **_: Any) -> list[str]:
     """The options that a job takes too, as overrides. A profile's path is relative to where the command runs, not to the job."""
     found = [f"options.{name}=true" for name, given in (("allow_extreme", allow_extreme), ("accept_simulated", accept_simulated)) if given]
-    if target is not None:
-        is_path = "/" in target or target.endswith(".toml")
-        found.append(f"target={json.dumps(str(Path(target).resolve()) if is_path else target, ensure_ascii=False)}")
+    if targets:
+        named = [str(Path(name).resolve()) if "/" in name or name.endswith(".toml") else name for name in targets]
+        found.append(f"target={json.dumps(named, ensure_ascii=False)}")
     return found
 
 
 def _compress_job(path: Path, overrides: tuple[str, ...], run_dir: Path | None, plan_only: bool, as_json: bool) -> int:
+    from edgekd.fleet import Fleet
     from edgekd.settings.jobs import load_job
 
     job = load_job(path, overrides)
     if plan_only:
         made = job.plan(run_dir=run_dir)
         if as_json:
-            print_json(made.to_builtins())
+            print_json([one.to_builtins() for one in made] if len(made) > 1 else made[0].to_builtins())
         else:
-            click.echo(made.text())
+            click.echo("\n\n".join(one.text() for one in made))
         return 0
     if not job.spec.student.fixed.endswith(".onnx"):
         require("torch", "distill", "edgekd compress with a student that is trained")
-    return _print_result(job.run(run_dir=run_dir), as_json)
+    done = job.run(run_dir=run_dir)
+    return _print_fleet(done, as_json) if isinstance(done, Fleet) else _print_result(done, as_json)
 
 
 def _quantize_only(model: Path, overrides: tuple[str, ...], run_dir: Path | None, **only: Any) -> Result:
     if only["data"] is None:
         raise click.UsageError("--quantize-only needs --data FOLDER")
+    if len(only["targets"]) > 1:
+        raise click.UsageError("--quantize-only takes one --target")
     if (only["latency_ms"] is None) == (only["latency_share"] is None):
         raise click.UsageError("--quantize-only needs one of --latency-ms and --latency-share")
     from edgekd.options import Options
@@ -161,7 +190,7 @@ def _quantize_only(model: Path, overrides: tuple[str, ...], run_dir: Path | None
         size_mb=only["size_mb"],
     )
     options = Options(allow_extreme=bool(only["allow_extreme"]), accept_simulated=bool(only["accept_simulated"]))
-    with connect(only["target"] or "local", overrides=overrides) as target:
+    with connect(*only["targets"] or ("local",), overrides=overrides) as target:
         return quantize_only(
             model,
             only["data"],

@@ -15,10 +15,17 @@ from edgekd.cli.common import FOLDER, json_option, print_json, print_table
 @click.argument("run", type=FOLDER)
 @click.option("--open/--no-open", "open_it", default=False, show_default=True, help="Show it in the web browser.")
 def report(run: Path, open_it: bool) -> int:
-    """Write the HTML report of RUN again from its record, and print its path. A bundle's own report is printed as it is."""
+    """Write the HTML report of RUN again from its record, and print its path. A bundle's own report is printed as it is.
+
+    For a folder with runs on several targets, the report of all of them.
+    """
     from edgekd.errors import InputError
 
-    if (run / "report.json").is_file():
+    if (run / "fleet.json").is_file():
+        from edgekd.fleet import report_fleet
+
+        report_fleet(run)
+    elif (run / "report.json").is_file():
         from edgekd.report.data import ReportData
         from edgekd.report.render import write_report
 

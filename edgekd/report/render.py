@@ -25,7 +25,7 @@ _SIMULATED_WORDS = {
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """A table for the template: columns, rows of texts, the caption, and which columns hold numbers."""
 
     caption: str
@@ -46,6 +46,11 @@ def write_report(data: ReportData, path: Path) -> None:
 
 def render_report(data: ReportData) -> str:
     """The report as HTML text. Everything from outside is escaped."""
+    return fill("report.html.j2", {**run_context(data), "level": 1})
+
+
+def fill(template: str, values: dict[str, Any]) -> str:
+    """A template of this folder with values; a name that is missing is an error."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -55,10 +60,11 @@ def render_report(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(_context(data))
+    return environment.get_template(template).render(values)
 
 
-def _context(data: ReportData) -> dict[str, Any]:
+def run_context(data: ReportData) -> dict[str, Any]:
+    """What `run.html.j2` shows of a run, but for the `level` of its headings."""
     percentile = data.budget.percentile
     drawn = {
         "pareto": plots.pareto(data.points, data.limit_ms, data.metric),
@@ -116,11 +122,11 @@ def _facts(data: ReportData) -> tuple[tuple[str, str], ...]:
     return tuple(rows)
 
 
-def _pairs(caption: str, pairs: dict[str, str]) -> _Table | None:
-    return _Table(caption, ("name", "value"), tuple((key, value) for key, value in sorted(pairs.items()))) if pairs else None
+def _pairs(caption: str, pairs: dict[str, str]) -> Table | None:
+    return Table(caption, ("name", "value"), tuple((key, value) for key, value in sorted(pairs.items()))) if pairs else None
 
 
-def _checks(data: ReportData) -> _Table | None:
+def _checks(data: ReportData) -> Table | None:
     if data.verdict is None or not data.verdict.checks:
         return None
 
@@ -130,10 +136,10 @@ def _checks(data: ReportData) -> _Table | None:
 
     checks = data.verdict.checks
     columns = ("check", "outcome", "value", "limit", "interval (confidence)", "n", "note")
-    return _Table("Checks against the budget", columns, tuple(map(cells, checks)), (2, 3, 4, 5), tuple(check.outcome.value for check in checks))
+    return Table("Checks against the budget", columns, tuple(map(cells, checks)), (2, 3, 4, 5), tuple(check.outcome.value for check in checks))
 
 
-def _percentiles(measurements: Sequence[Measurement], percentile: float) -> _Table | None:
+def _percentiles(measurements: Sequence[Measurement], percentile: float) -> Table | None:
     from edgekd.stats import min_samples, percentile_of
 
     shown = sorted({50.0, 90.0, 99.0, percentile})
@@ -146,7 +152,7 @@ def _percentiles(measurements: Sequence[Measurement], percentile: float) -> _Tab
         rows.append((item.label, *cells, ms_text(max(samples) / 1e6), _median_ms(item, "init_ns"), _median_ms(item, "first_ns"), str(len(samples))))
     columns = ("measurement", *map(percentile_text, shown), "largest", "initialization", "first inference", "inferences")
     return (
-        _Table(
+        Table(
             "Latency, pooled over valid launches; initialization and first inference are medians over launches",
             columns,
             tuple(rows),
@@ -162,7 +168,7 @@ def _median_ms(item: Measurement, name: str) -> str:
     return ms_text(values[len(values) // 2] / 1e6) if values and values[-1] > 0 else "not measured"
 
 
-def _ledger(data: ReportData) -> _Table | None:
+def _ledger(data: ReportData) -> Table | None:
     rows = data.ledger.rows
     if not rows:
         return None
@@ -180,18 +186,18 @@ def _ledger(data: ReportData) -> _Table | None:
     )
     caption = f"Every step, before → after{f'; SIMULATED: {everywhere}' if everywhere else ''}"
     columns = ("stage", "step", "decision", "latency", data.metric, "size", "precision", "reason")
-    return _Table(caption, columns, marked, (3, 4, 5), tuple(row.decision.replace(" ", "-") for row in rows))
+    return Table(caption, columns, marked, (3, 4, 5), tuple(row.decision.replace(" ", "-") for row in rows))
 
 
-def _classes(data: ReportData) -> _Table | None:
+def _classes(data: ReportData) -> Table | None:
     rows = tuple(
         (row.name, str(row.n), f"{row.teacher_accuracy:.4f}", f"{row.student_accuracy:.4f}", f"{row.student_accuracy - row.teacher_accuracy:+.4f}")
         for row in data.per_class
     )
-    return _Table("Test split by class", ("class", "items", "teacher", "student", "difference"), rows, (1, 2, 3, 4)) if rows else None
+    return Table("Test split by class", ("class", "items", "teacher", "student", "difference"), rows, (1, 2, 3, 4)) if rows else None
 
 
-def _parity(hops: Sequence[HopParity]) -> _Table | None:
+def _parity(hops: Sequence[HopParity]) -> Table | None:
     rows, classes = [], []
     for hop in hops:
         for tensor in hop.tensors:
@@ -209,7 +215,7 @@ def _parity(hops: Sequence[HopParity]) -> _Table | None:
     errors_named = ("largest error", "of the largest value", "signal to error", "asked", "cosine")
     columns = ("hop", "output", "result", *errors_named, "agreement", "top-1", "saturated", "samples", "note")
     caption = "Each hop against the one before it, on real inputs; agreement is the task's, top-1 the same largest value, saturated the share at int8's ends"
-    return _Table(caption, columns, tuple(rows), (3, 4, 5, 7, 8, 9, 10, 11), tuple(classes)) if rows else None
+    return Table(caption, columns, tuple(rows), (3, 4, 5, 7, 8, 9, 10, 11), tuple(classes)) if rows else None
 
 
 def _range(values: Sequence[float | None], unit: str, digits: int) -> str:
@@ -232,7 +238,7 @@ def _limits_text(limits: Limits) -> str:
     return "; ".join(parts)
 
 
-def _conditions(measurements: Sequence[Measurement]) -> _Table | None:
+def _conditions(measurements: Sequence[Measurement]) -> Table | None:
     """One column per measurement: what was run, how, and in which state the device was."""
     if not measurements:
         return None
@@ -263,7 +269,7 @@ def _conditions(measurements: Sequence[Measurement]) -> _Table | None:
         )
     names = [name for name, _ in columns[0]]
     rows = tuple((name, *(column[index][1] for column in columns)) for index, name in enumerate(names))
-    return _Table("How each measurement was taken", ("condition", *(item.label for item in measurements)), rows)
+    return Table("How each measurement was taken", ("condition", *(item.label for item in measurements)), rows)
 
 
 def _device_text(fingerprint: Fingerprint) -> str:
@@ -286,6 +292,6 @@ def _warmup_text(launches: Sequence[Launch]) -> str:
     return f"{_range([float(launch.warmup_runs) for launch in launches], 'inferences', 0)}, {_range([launch.warmup_s for launch in launches], 's', 2)}"
 
 
-def _rejected(measurements: Sequence[Measurement]) -> _Table | None:
+def _rejected(measurements: Sequence[Measurement]) -> Table | None:
     rows = tuple((item.label, str(launch.index), launch.invalid or "no reason recorded") for item in measurements for launch in item.rejected)
-    return _Table("Launches that do not count", ("measurement", "launch", "reason"), rows, (1,)) if rows else None
+    return Table("Launches that do not count", ("measurement", "launch", "reason"), rows, (1,)) if rows else None

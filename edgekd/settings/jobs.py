@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from edgekd.settings.toml_file import TomlText, apply_overrides, check_known, lo
 
 if TYPE_CHECKING:
     from edgekd.contracts import StudentSpace, Target
+    from edgekd.fleet import Fleet
     from edgekd.planning import Plan
     from edgekd.result import Result
 
@@ -49,14 +50,17 @@ class JobStudent(Record, tag="edgekd.job_student/1", frozen=True, kw_only=True):
 
 
 class JobSpec(Record, tag="edgekd.job/1", frozen=True, kw_only=True):
-    """What a job file may hold. `profile` overrides fields of the target's profile, for example `[profile.runtime]`."""
+    """What a job file may hold. `target` is a profile, or several: each then gets a student of its own.
+
+    `profile` overrides fields of the targets' profiles, for example `[profile.runtime]`.
+    """
 
     teacher: str
     data: JobData
     budget: Budget
     student: JobStudent
     task: str = "classification"
-    target: str = "local"
+    target: str | tuple[str, ...] = "local"
     seed: NonNegative = 0
     run_dir: str = ""
     cache_dir: str = ""
@@ -83,33 +87,50 @@ class Job:
         return self.folder / (self.spec.run_dir or f"runs/{self.path.stem}")
 
     @property
-    def target(self) -> str:
-        """The profile's name, or its path made absolute."""
-        name = self.spec.target
-        return str(self.folder / name) if "/" in name or name.endswith(".toml") else name
+    def targets(self) -> tuple[str, ...]:
+        """The profiles' names, or their paths made absolute."""
+        given = self.spec.target
+        names = (given,) if isinstance(given, str) else given
+        return tuple(str(self.folder / name) if "/" in name or name.endswith(".toml") else name for name in names)
 
-    def run(self, *, run_dir: Path | None = None, progress: bool = True) -> Result:
-        """The result of `edgekd.compress` on this job; a killed run goes on when it is called again.
+    def run(self, *, run_dir: Path | None = None, progress: bool = True) -> Result | Fleet:
+        """What `edgekd.compress` gives on this job, or `edgekd.compress_for` where it names several targets.
+
+        A killed run goes on when it is called again.
 
         Raises:
             ConfigError: a function cannot be found or imported; the message names the line.
         """
+        from edgekd.fleet import compress_for
         from edgekd.pipeline import compress
-        from edgekd.target import connect
 
-        with self.first_on_path(), connect(self.target, overrides=self.spec.profile) as target:
-            return compress(**self.arguments(target, run_dir), progress=progress)
+        with self.first_on_path(), self._open() as targets:
+            arguments = self.arguments(run_dir)
+            if len(targets) == 1:
+                return compress(target=targets[0], progress=progress, **arguments)
+            return compress_for(targets, progress=progress, **arguments)
 
-    def plan(self, *, run_dir: Path | None = None) -> Plan:
-        """What `run` would do, without doing it: stages, measurements, minutes and disk."""
+    def plan(self, *, run_dir: Path | None = None) -> tuple[Plan, ...]:
+        """What `run` would do on each target, without doing it: stages, measurements, minutes and disk."""
+        from edgekd.fleet import plan_for
         from edgekd.pipeline import plan
+
+        with self.first_on_path(), self._open() as targets:
+            arguments = self.arguments(run_dir)
+            if len(targets) == 1:
+                return (plan(target=targets[0], **arguments),)
+            return plan_for(targets, **arguments)
+
+    @contextmanager
+    def _open(self) -> Iterator[list[Target]]:
+        """Every target of the job, open."""
         from edgekd.target import connect
 
-        with self.first_on_path(), connect(self.target, overrides=self.spec.profile) as target:
-            return plan(**self.arguments(target, run_dir))
+        with ExitStack() as stack:
+            yield [stack.enter_context(connect(name, overrides=self.spec.profile)) for name in self.targets]
 
-    def arguments(self, target: Target, run_dir: Path | None = None) -> dict[str, Any]:
-        """The arguments of `edgekd.compress`; call it inside `first_on_path`."""
+    def arguments(self, run_dir: Path | None = None) -> dict[str, Any]:
+        """The arguments of `edgekd.compress` but for the target; call it inside `first_on_path`."""
         spec = self.spec
         return {
             "teacher": self._onnx(spec.teacher) or self._made(("teacher",), spec.teacher),
@@ -118,7 +139,6 @@ class Job:
             "validation": self._split("validation"),
             "test": self._split("test"),
             "augment": self._named(("data", "augment"), spec.data.augment) if spec.data.augment else None,
-            "target": target,
             "budget": spec.budget,
             "student": self._space(),
             "run_dir": run_dir or self.run_dir,
@@ -243,6 +263,8 @@ def load_job(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()
             f"{document.where(('budget',))}: {error.what}", found=error.found, allowed=error.allowed, hint=error.hint, subject="budget"
         ) from error
     spec = to_record(document, JobSpec)
+    if not spec.target:
+        raise document.problem(("target",), "a job needs a target", found=spec.target, hint="`edgekd targets` lists them")
     if bool(spec.student.factory) == bool(spec.student.fixed):
         raise document.problem(
             ("student",), "a student is either a factory with choices, or fixed", found="both" if spec.student.factory else "neither", hint=_EXAMPLES["student"]

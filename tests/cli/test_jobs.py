@@ -77,10 +77,8 @@ def job_file(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 def arguments(job: Job) -> dict[str, object]:
-    from edgekd.target import connect
-
     with job.first_on_path():
-        return job.arguments(connect("null"))
+        return job.arguments()
 
 
 def test_job_is_read_without_importing_anything_of_the_user(job_file: Path) -> None:
@@ -233,8 +231,9 @@ def test_split_that_is_neither_a_folder_nor_a_function_is_named(job_file: Path) 
 def test_options_for_target_and_simulation_reach_a_job() -> None:
     from edgekd.cli.run import _job_overrides
 
-    given = _job_overrides(target="profiles/x.toml", allow_extreme=True, accept_simulated=True)
+    given = _job_overrides(targets=("profiles/x.toml",), allow_extreme=True, accept_simulated=True)
     job = load_job(EXAMPLE / "job.toml", given)
     assert (job.spec.options.accept_simulated, job.spec.options.allow_extreme) == (True, True)
-    assert job.target == str(Path("profiles/x.toml").resolve())
-    assert load_job(EXAMPLE / "job.toml", _job_overrides(target="null", allow_extreme=None, accept_simulated=None)).target == "null"
+    assert job.targets == (str(Path("profiles/x.toml").resolve()),)
+    several = _job_overrides(targets=("null", "local"), allow_extreme=None, accept_simulated=None)
+    assert load_job(EXAMPLE / "job.toml", several).targets == ("null", "local")
