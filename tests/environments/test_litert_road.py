@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from edgekd.bundle import open_bundle
+from edgekd.fleet import Fleet, compress_for
 from edgekd.gating import gate
 from edgekd.options import QuantizeOptions
-from edgekd.pipeline import compress
 from edgekd.records import Budget, Format, Manifest, Outcome, Precision
 from edgekd.result import Result
 from edgekd.target import connect
+from edgekd.verdict import worst
 from tests.pipeline import pipeline_kit as kit
 
 pytestmark = [pytest.mark.torch, pytest.mark.environments]
@@ -42,9 +43,10 @@ TEACHER_WIDTH = 192
 """More than ten times the arithmetic of the widest student, so that the budget is not near."""
 
 
-def road(profile: str, folder: Path) -> Result:
-    """A teacher of 8x8 images, students of two widths, under a fifth of the teacher's latency."""
-    overrides = (*QUICK, f"transport.workdir={folder / 'device'}", f"runtime.options.lock={folder / 'lock'}")
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """A teacher of 8x8 images, students of two widths, under a fifth of what the teacher takes on each target."""
+    folder = tmp_path_factory.mktemp("roads")
     given = kit.arguments(
         "classification",
         folder / "run",
@@ -53,13 +55,14 @@ def road(profile: str, folder: Path) -> Result:
         budget=Budget(latency_share=0.2, percentile=50, max_drop=0.3),
         options=OPTIONS,
     )
-    with connect(profile, overrides=overrides) as live:
-        return compress(**given, target=live, progress=False)
+    overrides = (*QUICK, f"transport.workdir={folder / 'device'}", f"runtime.options.lock={folder / 'lock'}")
+    with connect("local", overrides=overrides) as onnxruntime, connect("litert-local", overrides=overrides) as litert:
+        return compress_for([onnxruntime, litert], **given, progress=False)
 
 
 @pytest.fixture(scope="module")
-def litert(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return road("litert-local", tmp_path_factory.mktemp("litert"))
+def litert(fleet: Fleet) -> Result:
+    return fleet.results["litert-local"]
 
 
 def test_the_road_ends_in_a_tflite_bundle_with_a_verdict(litert: Result) -> None:
@@ -125,12 +128,21 @@ def test_the_model_card_shows_lines_that_run_the_artifact(litert: Result) -> Non
     assert "output (1, 4)" in done.stdout
 
 
-def test_the_same_teacher_ends_in_an_onnx_bundle_by_the_same_stages(litert: Result, tmp_path: Path) -> None:
-    result = road("local", tmp_path)
-    assert result.bundle is not None
-    assert open_bundle(result.bundle).manifest.artifact.format is Format.ONNX
-    assert litert.bundle is not None
-    stages = [list(dict.fromkeys(row.stage for row in one.ledger.rows)) for one in (result, litert)]
+def test_the_same_teacher_ends_in_an_onnx_bundle_by_the_same_stages(fleet: Fleet) -> None:
+    onnx, tflite = fleet.results["local"], fleet.results["litert-local"]
+    assert onnx.bundle is not None
+    assert tflite.bundle is not None
+    assert open_bundle(onnx.bundle).manifest.artifact.format is Format.ONNX
+    stages = [list(dict.fromkeys(row.stage for row in one.ledger.rows)) for one in (onnx, tflite)]
     assert stages[0] == stages[1]
-    onnx, tflite = (open_bundle(bundle).evaluation().teacher["output"] for bundle in (result.bundle, litert.bundle))
-    np.testing.assert_array_equal(onnx, tflite)
+    first, second = (open_bundle(bundle).evaluation().teacher["output"] for bundle in (onnx.bundle, tflite.bundle))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_both_verdicts_stand_in_one_report(fleet: Fleet) -> None:
+    page = fleet.report.read_text(encoding="utf-8")
+    for name, result in fleet.results.items():
+        assert f"<p>{name}: {result.verdict.outcome.value}: " in page
+    assert "torch -&gt; onnx" in page
+    assert "torch -&gt; tflite" in page
+    assert fleet.outcome is worst(result.verdict.outcome for result in fleet.results.values())
