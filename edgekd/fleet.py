@@ -25,9 +25,9 @@ FLEET = "fleet.json"
 
 
 class FleetRecord(Record, tag="edgekd.fleet/1", frozen=True, kw_only=True):
-    """The targets of a run folder, in order, and the folder of each one's run in it."""
+    """The targets of a run folder, in order, each with the folder of its run in it."""
 
-    runs: dict[str, str]
+    runs: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compress_for(
     checked = {name: value for name, value in arguments.items() if name != "listener"}
     for target in targets:
         make_context(teacher, target=target, store=StageStore(place / folders[target.name]), cache_dir=cache, **checked)
-    FleetRecord(runs=folders).save(place / FLEET)
+    FleetRecord(runs=tuple(folders.items())).save(place / FLEET)
     results: dict[str, Result] = {}
     for target in targets:
         results[target.name] = compress(teacher, target=target, run_dir=place / folders[target.name], cache_dir=cache, progress=progress, **arguments)
@@ -96,7 +96,7 @@ def report_fleet(run_dir: Path) -> Path:
     Raises:
         InputError: the folder holds no runs of several targets.
     """
-    runs = FleetRecord.load(run_dir / FLEET).runs
+    runs = dict(FleetRecord.load(run_dir / FLEET).runs)
     records = {name: run_dir / folder / "report.json" for name, folder in runs.items()}
     ended = {name: path for name, path in records.items() if path.is_file()}
     path = run_dir / "report.html"

@@ -57,11 +57,11 @@ def render_fleet_report(reports: Sequence[ReportData], waiting: Sequence[str] = 
 
 
 def _summary(reports: Sequence[ReportData], waiting: Sequence[str]) -> Table:
-    columns = ("target", "verdict", "artifact", "precision", "latency", "limit", "size", "score", "drop, interval (confidence)")
+    columns = ("target", "verdict", "artifact", "format", "precision", "latency", "limit", "size", "score", "drop, interval (confidence)")
     rows = [_row(data) for data in reports]
     rows += [(name, "not finished", *[_NONE] * (len(columns) - 2)) for name in waiting]
     classes = [_NONE if data.verdict is None else data.verdict.outcome.value for data in reports] + ["none"] * len(waiting)
-    return Table("What each target was given, and its verdict; latency and drop as judged, on the target", columns, tuple(rows), (4, 5, 6), tuple(classes))
+    return Table("What each target was given, and its verdict; latency and drop as judged, on the target", columns, tuple(rows), (5, 6, 7), tuple(classes))
 
 
 def _row(data: ReportData) -> tuple[str, ...]:
@@ -73,11 +73,12 @@ def _row(data: ReportData) -> tuple[str, ...]:
         data.target + mark,
         "none" if data.verdict is None else data.verdict.outcome.value,
         told.get("artifact", "none"),
+        told.get("format", _NONE),
         told.get("precision", _NONE),
         _value(latency),
         _NONE if latency is None else unit_text(latency.limit, latency.unit),
         told.get("size", _NONE),
-        told.get("score", _NONE),
+        told.get(data.metric, _NONE),
         _NONE if drop is None else f"{_value(drop)}, {interval_text(drop)}",
     )
 

@@ -69,6 +69,7 @@ def report_data(
         against = f"{validated.student_accuracy:.4f} (teacher {validated.teacher_accuracy:.4f}) on the test split"
         shipped = (
             ("artifact", artifact_name(distilled.spec if distilled is not None and validated.chosen == "student" else None)),
+            ("format", validated.artifact.format.value),
             ("precision", validated.artifact.precision.value),
             ("size", size_text(validated.artifact.size_bytes)),
             (context.task.metric, against),

@@ -54,12 +54,12 @@ def opened(stack: ExitStack, names: list[str]) -> list[Target]:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
     folder = tmp_path_factory.mktemp("fleet")
     with ExitStack() as stack:
-        targets = opened(stack, profiles(folder, first=1.0, second=2.0))
+        targets = opened(stack, profiles(folder, zed=1.0, second=2.0))
         return edgekd.compress_for(targets, **given(folder / "runs" / "both"), progress=False)
 
 
 def test_every_target_has_its_verdict_bundle_and_report(fleet: Fleet) -> None:
-    assert list(fleet.results) == ["first", "second"]
+    assert list(fleet.results) == ["zed", "second"]
     assert (fleet.outcome, fleet.exit_code) == (Outcome.PASS, 0)
     for name, result in fleet.results.items():
         assert result.verdict.outcome is Outcome.PASS
@@ -72,6 +72,7 @@ def test_every_target_has_its_verdict_bundle_and_report(fleet: Fleet) -> None:
 
 def test_one_report_shows_every_verdict_and_has_no_id_twice(fleet: Fleet) -> None:
     page = fleet.report.read_text(encoding="utf-8")
+    assert page.index("zed: pass: ") < page.index("second: pass: ")
     assert fleet.report == fleet.run_dir / "report.html"
     for name, result in fleet.results.items():
         assert f"{name}: pass: " in page
@@ -104,7 +105,7 @@ def test_a_run_on_one_target_continues_the_one_beneath(fleet: Fleet, tmp_path: P
 
 
 def test_a_gate_of_the_folder_names_its_bundles(fleet: Fleet) -> None:
-    with pytest.raises(BundleError, match=r"first/bundle, .*second/bundle"):
+    with pytest.raises(BundleError, match=r"second/bundle, .*zed/bundle"):
         edgekd.gate(fleet.run_dir)
 
 
