@@ -18,16 +18,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from edgekd.converters._onnx_io import versions as installed
 from matrix_kit.cells import KINDS, Cell, Workbench, cell_key
 from matrix_kit.page import GOAL_NETWORKS, Results, render
 from matrix_kit.timing import Ratio, Screen, hashes_of, limits_for, load_stored, take_ratio, take_screen
 from networks import NETWORKS, SEED, build, fingerprint
 
 import edgekd
-from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Target
 from edgekd.conversion.formats import HOST_PROFILES
-from edgekd.converters._onnx_io import versions as installed
 from edgekd.errors import InputError
 from edgekd.measuring.launching import utc_now
 from edgekd.storage import write_atomic
@@ -154,6 +153,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--retime", action="store_true", help="take every latency anew; no cell is made anew")
     parser.add_argument("--no-timing", action="store_true", help="convert only")
     parser.add_argument("--environments", type=Path, help="the folder of the converters' environments, as in `edgekd env --path`")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides both targets' profiles, as in `edgekd bench`")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     return parser.parse_args(words)
 
@@ -168,7 +168,7 @@ def main(words: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         targets: dict[str, Target] = {}
         if not asked.page_only:
-            targets |= {form: stack.enter_context(connect(profile)) for form, profile in HOST_PROFILES.items()}
+            targets |= {form: stack.enter_context(connect(profile, overrides=asked.set)) for form, profile in HOST_PROFILES.items()}
         if not asked.page_only and not asked.retime:
             run.convert(networks, kinds, again, targets, asked.environments)
         if not asked.page_only and not asked.no_timing:
@@ -181,8 +181,6 @@ def main(words: Sequence[str] | None = None) -> int:
     say(f"written: {asked.out / 'matrix.md'}" + (f"; still missing: {', '.join(missing[:8])}" if missing else ""))
     return 1 if missing else 0
 
-
-__all__ = ["Run", "StoredArtifact", "main"]
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ class ResNet20(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = [16] * 4 + [32] * 3 + [64] * 3
-        blocks = [_Residual(before, after, 1 + (after != before)) for before, after in zip(widths, widths[1:], strict=False)]
+        blocks = [_Residual(before, after, 1 + (after != before)) for before, after in itertools.pairwise(widths)]
         self.features = nn.Sequential(_conv(3, 16, activation=nn.ReLU()), *blocks)
         self.head = nn.Linear(64, CLASSES)
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from edgekd.converters._onnx_io import captured
 from networks import NETWORKS, SEED, build
 
 from edgekd import convert
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Target
 from edgekd.conversion.inputs import refit
-from edgekd.converters._onnx_io import captured
 from edgekd.errors import EdgekdError, UnsupportedModel
 from edgekd.measuring.launching import utc_now
 from edgekd.models.onnx_file import import_onnx
@@ -37,6 +37,7 @@ OPSETS = (17, 13, 12, 11)
 """Operator sets that torch's older exporter is asked for, for onnx-tf, which knows none that the newer one writes."""
 
 _REASON = 260
+_LOG = "its last words:"
 _EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
 
 
@@ -108,8 +109,9 @@ def short(text: str) -> str:
 
 
 def told(error: EdgekdError) -> str:
-    """What an error says is wrong and what was found, without the advice."""
-    return short(error.what if error.found is None else f"{error.what}: {error.found}")
+    """What an error says is wrong and what was found, without the advice and the tail of a process's log."""
+    found = "" if error.found is None else str(error.found).partition(_LOG)[0].rstrip(": ;")
+    return short(f"{error.what}: {found}" if found else error.what)
 
 
 class Workbench:

@@ -50,8 +50,9 @@ def render(results: Results) -> tuple[str, list[str]]:
 
 _INTRODUCTION = """# Conversion matrix
 
-Nine networks, each brought to every format by `edgekd.convert` and compared with torch. This page is written by `make matrix` (`benchmarks/conversion_matrix.py`); `docs/matrix.json` holds the raw figures.
-The networks are in `benchmarks/networks.py`: seeded weights that were not trained, batch-norm statistics from real inputs. The figures say how faithful the tool chain is, not how accurate a task is.
+Nine networks, each brought to every format by `edgekd.convert` and compared with torch. `make matrix` writes this page (`benchmarks/conversion_matrix.py`);
+`docs/matrix.json` holds the raw figures. The networks are in `benchmarks/networks.py`: seeded weights that were not trained, batch-norm statistics from
+real inputs. The figures say how faithful the tool chain is, not how accurate a task is.
 """
 
 
@@ -75,15 +76,19 @@ def _conditions(results: Results) -> str:
         + "Above about 1.5 something else ran on the machine, and latencies are provisional.",
         f"- Inputs: scikit-learn's handwritten digits, side by side as images, as rows, as patches. int8 is calibrated (minmax) on {CALIBRATION} samples; "
         f"every figure is over {HELD_OUT} others, made of digits that calibrate nothing. Seed {SEED}.",
-        "- SQNR, cosine and largest error: the file on its runtime against torch, of the output with the least SQNR. 200 dB stands for no difference. Tolerances: `docs/parity.md`.",
+        "- SQNR, cosine and largest error: the file on its runtime against torch, of the output with the least SQNR. "
+        "200 dB stands for no difference. Tolerances: `docs/parity.md`.",
         "- `ok`: the file and every hop to it are within their tolerances. **DIFFERS**: the file exists, and a figure is outside, which the last column names. "
         "**refused**: there is no file; the last column has the text of the error.",
-        "- Seconds: wall time of the one call, with comparing every hop; the first TFLite conversion of a command also loads litert-torch. Other work on the machine is in it.",
-        "- Latency: p50 at batch 1, screen grade (fresh processes in turn, see `docs/measuring.md`): ONNX files of a network together on the target `local`, TFLite files together on "
-        "`litert-local`. In brackets half the distance of the bounds (99 % each). Figures of different runtimes are of different screens.",
-        "- **TensorRT never read the Q/DQ files.** Their figures are ONNX Runtime's on this CPU, which does not fuse signed activations; that latency says nothing about TensorRT.",
-        f"- onnx-tf knows no operator set that torch's exporter writes now, so that its column starts from an ONNX file of torch's older exporter: the newest operator set of "
-        f"{', '.join(map(str, OPSETS))} that onnx-tf takes. Its SavedModel becomes TFLite by TensorFlow.",
+        "- Seconds: wall time of the one call, with comparing every hop; the first TFLite conversion of a command also loads litert-torch. "
+        "Other work on the machine is in it.",
+        "- Latency: p50 at batch 1, screen grade (fresh processes in turn, see `docs/measuring.md`): ONNX files of a network together on the target "
+        "`local`, TFLite files together on `litert-local`. "
+        "In brackets half the distance of the bounds (99 % each). Figures of different runtimes are of different screens.",
+        "- **TensorRT never read the Q/DQ files.** Their figures are ONNX Runtime's on this CPU, which does not fuse signed activations; "
+        "that latency says nothing about TensorRT.",
+        "- onnx-tf knows no operator set that torch's exporter writes now, so that its column starts from an ONNX file of torch's older exporter: "
+        f"the newest operator set of {', '.join(map(str, OPSETS))} that onnx-tf takes. Its SavedModel becomes TFLite by TensorFlow.",
         "",
     ]
     return "\n".join(rows)
@@ -139,8 +144,9 @@ def _network(results: Results, network: str, missing: list[str]) -> str:
         road = ", ".join(f"`{name}`" for name in cell.route) + (f" from {cell.source}" if cell.source != "torch" else "")
         why = "; ".join(text for text in (cell.reason, "" if latency is None or not latency.reason else f"latency: {latency.reason}") if text)
         rows.append(
-            f"| {asked.title} | {cell.status if cell.status == 'ok' else f'**{cell.status}**'} | {cell.seconds:.1f} | {worst.sqnr_db:.1f}{where} | {worst.cosine:.6f} "
-            f"| {worst.max_abs:.1e} | {cell.artifact.size_bytes / 1e3:.0f} | {_milliseconds(latency)} | {road}{'; ' + why if why else ''} |"
+            f"| {asked.title} | {cell.status if cell.status == 'ok' else f'**{cell.status}**'} | {cell.seconds:.1f} | {worst.sqnr_db:.1f}{where} "
+            f"| {worst.cosine:.6f} | {worst.max_abs:.1e} | {cell.artifact.size_bytes / 1e3:.0f} | {_milliseconds(latency)} "
+            f"| {road}{'; ' + why if why else ''} |"
         )
     return "\n".join([*rows, ""])
 
@@ -157,7 +163,8 @@ def _goals(results: Results, missing: list[str]) -> str:
     rows = [
         f"Static int8 TFLite by edgekd, without TensorFlow, is to lie within {GOAL_DB} dB of the best other road of the same run, or above it; "
         f"int8 ONNX is to be at least {GOAL_RATIO} times as fast as fp32 ONNX on a CPU with VNNI.\n",
-        "| network | edgekd dB | onnx2tf dB | onnx-tf + TensorFlow dB | edgekd less the best other | goal | ONNX fp32 ms | ONNX int8 ms | ratio (smallest to largest pair) | goal |",
+        "| network | edgekd dB | onnx2tf dB | onnx-tf + TensorFlow dB | edgekd less the best other | goal | ONNX fp32 ms | ONNX int8 ms "
+        "| ratio (smallest to largest pair) | goal |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for network in GOAL_NETWORKS:
