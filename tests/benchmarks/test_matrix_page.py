@@ -206,6 +206,14 @@ def test_speed_goal_is_the_ratio_of_medians_with_the_spread_of_pairs(kit: Any, f
     ]
 
 
+def test_speed_goal_is_not_judged_where_no_pair_was_valid(kit: Any) -> None:
+    results = full(kit)
+    ratios = tuple(msgspec.structs.replace(one, rejected=8) if one.network == "unet" else one for one in results.ratios)
+    row = section(kit.page.render(without(results, ratios=ratios))[0], "Goals")["U-Net"]
+    assert row[-1] == "not judged: no pair was valid"
+    assert "none was inside" in row[-2]
+
+
 def test_reason_is_one_short_line_without_advice_paths_and_logs(kit: Any) -> None:
     error = ConversionRejected("it | failed", found="at\n/home/me/env/lib/a.py in b", hint="do that")
     assert kit.cells.told(error) == "it / failed: at a.py in b"
