@@ -13,7 +13,7 @@ CHECKED := edgekd targets converters profiles tests benchmarks examples
 # Where `make test-converters` keeps the environments of converters: made once, 5.6 GB, about six minutes.
 ENVIRONMENTS ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd/environments
 
-.PHONY: demo test test-slow test-converters check format env clean
+.PHONY: demo test test-slow test-converters matrix check format env clean
 
 env: $(STAMP)
 
@@ -44,6 +44,13 @@ test-converters: $(CONVERTERS)
 	$(VENV)/bin/edgekd env create onnx-tf --path $(ENVIRONMENTS)
 	$(VENV)/bin/edgekd env create tensorflow --path $(ENVIRONMENTS)
 	$(RUN) -m pytest tests/environments -m environments --environments $(ENVIRONMENTS) --no-skips -n 2 --dist loadfile
+
+# docs/matrix.md: every network in every format; goes on where it was stopped. WORDS="--retime" takes all latencies anew, "--only vit" redoes cells.
+matrix: $(CONVERTERS)
+	$(VENV)/bin/edgekd env create onnx2tf --path $(ENVIRONMENTS)
+	$(VENV)/bin/edgekd env create onnx-tf --path $(ENVIRONMENTS)
+	$(VENV)/bin/edgekd env create tensorflow --path $(ENVIRONMENTS)
+	$(RUN) benchmarks/conversion_matrix.py --environments $(ENVIRONMENTS) $(WORDS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check $(CHECKED)

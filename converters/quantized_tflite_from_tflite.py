@@ -30,6 +30,8 @@ SCHEMES = ("static_int8", "dynamic_int8", "fp16")
 
 _FLOAT = "float"
 _ANY, _BORDERS, _NONE, _CASTING, _UNIFORM = "*", ("INPUT", "OUTPUT"), "no_quantize", "float_casting", "min_max_uniform_quantize"
+_MOVING = frozenset({"MAX_POOL_2D", "PAD", "RESHAPE", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "SLICE", "STRIDED_SLICE", "TRANSPOSE"})
+_ONE_BIT = 2.0
 _BORDER_OPS = {"QUANTIZE", "DEQUANTIZE"}
 _LIBRARY_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError, ArithmeticError)
 
@@ -240,17 +242,39 @@ def _merged(quantizer: Any, data: bytes, graph: TfliteGraph, rules: list[dict[st
     return merged
 
 
+def _shared(graph: TfliteGraph, ranges: Ranges) -> Ranges:
+    """The ranges, with those of what a concatenation joins widened to that of its output, also through operators that only move values.
+
+    The parts then have the output's scale from the start. With scales of their own each would be rounded twice: half a decibel on a U-Net.
+    A part that others read too keeps its range where they would lose more than one bit.
+    """
+    made = dict(ranges)
+    readers = Counter(tensor.name for op in graph.ops for tensor in op.inputs)
+    widened: set[str] = set()
+    for op in reversed(graph.ops):
+        out = op.outputs[0].name if op.outputs else ""
+        if out in made and (op.kind == "CONCATENATION" or (op.kind in _MOVING and out in widened)):
+            for tensor in op.inputs:
+                if tensor.name in made and not tensor.constant:
+                    low, high = made[tensor.name]
+                    wide = (min(low, made[out][0]), max(high, made[out][1]))
+                    if readers[tensor.name] == 1 or wide[1] - wide[0] <= _ONE_BIT * (high - low):
+                        made[tensor.name] = wide
+                        widened.add(tensor.name)
+    return made
+
+
 def _as_results(graph: TfliteGraph, ranges: Ranges) -> dict[str, dict[str, Array]]:
-    """Ranges as the library's calibration gives them; zero must be among the values that int8 represents."""
+    """Ranges as the library's calibration gives them. Zero must be among the values that int8 represents, and a tensor that was zero throughout
+    (a dead ReLU) gets 0 to 1: of an empty range the library makes a step of 4e-12, and XNNPACK refuses the ratios of scales around it."""
     ranks = {tensor.name: len(tensor.shape) for tensor in graph.tensors}
-    return {
-        name: {
-            "min": np.full((1,) * ranks[name], min(low, 0.0), np.float32),
-            "max": np.full((1,) * ranks[name], max(high, 0.0), np.float32),
-        }
-        for name, (low, high) in ranges.items()
-        if name in ranks
-    }
+    made = {}
+    for name, (low, high) in _shared(graph, ranges).items():
+        if name in ranks:
+            least, most = min(low, 0.0), max(high, 0.0)
+            shape = (1,) * ranks[name]
+            made[name] = {"min": np.full(shape, least, np.float32), "max": np.full(shape, 1.0 if least == most else most, np.float32)}
+    return made
 
 
 def _quantized(quantizer: Any, data: bytes, rules: list[dict[str, Any]], results: dict[str, dict[str, Array]] | None) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any
 
 TYPE = "edgekd.worker_result/1"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_TRACED = "in user code:"
 
 
 def end_with_parent(parent: int) -> None:
@@ -28,11 +29,12 @@ def end_with_parent(parent: int) -> None:
 
 
 def message_of(error: BaseException) -> str:
-    """An error in one line, the innermost cause first."""
+    """An error in one line, the innermost cause first. Behind TensorFlow's `in user code:` the last line says what happened."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "{}: {}".format(type(error).__name__, (lines or ["(no message)"])[0][:600])
+    at = -1 if lines and lines[0] == _TRACED else 0
+    return "{}: {}".format(type(error).__name__, (lines or ["(no message)"])[at][:600])
 
 
 def answer(worker: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -184,6 +184,14 @@ def test_a_refusal_carries_its_subject_and_hint(child: Child) -> None:
     assert "the kernel is too large" in str(error)
 
 
+def test_a_traced_error_of_tensorflow_is_told_by_its_last_line(child: Child) -> None:
+    program = """
+        def work(request):
+            raise RuntimeError("in user code:\\n\\n    File 'a.py', line 3, in call\\n\\n    ValueError: GRU is not supported\\n")
+    """
+    assert "RuntimeError: ValueError: GRU is not supported" in str(child.fails(program, "error"))
+
+
 def test_a_python_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed, match="could not be started"):
         run_worker(tmp_path / "x.py", {}, python=tmp_path / "python", work=tmp_path, converter="fake", logs=tmp_path / "logs")

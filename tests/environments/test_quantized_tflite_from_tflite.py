@@ -302,3 +302,43 @@ def test_the_rules_escape_names_for_the_librarys_patterns(residual: StoredArtifa
     recipe = make_recipe("static_int8", "minmax", calibration, ("first.0/CONV_2D",))
     rules = quantized_tflite_from_tflite._rules(graph_of(residual), "static_int8", recipe)
     assert rules[1]["regex"] == r"^first\.0/CONV_2D;$"
+
+
+def test_a_tensor_that_is_always_zero_gets_a_range_that_the_delegate_runs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dead = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 5, 1))
+    with torch.no_grad():
+        dead[0].bias.fill_(-100.0)  # type: ignore[operator]
+    made = quantize(request(convert(dead, images(1), tmp_path / "float"), CALIBRATION, tmp_path / "int8"))
+    with torch.no_grad():
+        expected = dead(torch.from_numpy(HELD_OUT["image"])).numpy()
+    assert sqnr_db(expected, _litert.host_infer(made, HELD_OUT)["output"]) > 20.0
+
+
+class Joined(torch.nn.Module):
+    """Two convolutions of other magnitudes side by side, and one behind them; the first is read by another one too where `again`."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.small, self.large = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1)
+        self.last, self.other = torch.nn.Conv2d(8, 4, 1), torch.nn.Conv2d(4, 4, 1)
+        self.again = again
+        with torch.no_grad():
+            self.large.weight.mul_(8.0)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """A map of four channels."""
+        small = self.small(image)
+        joined: torch.Tensor = self.last(torch.cat([small, self.large(image)], 1))
+        return joined + self.other(small) if self.again else joined
+
+
+@pytest.mark.parametrize(("again", "requantized"), [(False, 0), (True, 1)])
+def test_what_is_concatenated_has_the_scale_of_the_result_unless_others_read_it(tmp_path: Path, again: bool, requantized: int) -> None:
+    module = Joined(again).eval()
+    made = quantize(request(convert(module, images(1), tmp_path / "float"), CALIBRATION, tmp_path / "int8"))
+    assert json.loads(made.record.metadata["op_counts"])["QUANTIZE"] == 1 + requantized
+    with torch.no_grad():
+        expected = module(torch.from_numpy(HELD_OUT["image"])).numpy()
+    assert sqnr_db(expected, _litert.host_infer(made, HELD_OUT)["output"]) > 20.0

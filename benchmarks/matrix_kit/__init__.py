@@ -1,0 +1,1 @@
+"""The parts of `conversion_matrix.py`: cells, latencies and the page."""
