@@ -48,6 +48,7 @@ class SavedModelFromOnnx:
     environment = ENVIRONMENT
     needs: Mapping[str, str] = {"onnx": "x86"}
     cost_s = 20.0
+    follows = ("onnx-legacy-from-torch",)
 
     def supports(self, source: StoredArtifact) -> SupportReport:
         """Whether onnx-tf knows every operator of the model in its version; `missing` names those that it does not, and why.

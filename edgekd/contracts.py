@@ -270,7 +270,8 @@ class Converter(Protocol):
 
     Optional class attributes are read by the format graph: `environment` (the name of the `edgekd env` that it runs in), `environment_here`
     (a module that makes that environment superfluous where it is installed), `needs` (module to the extra that installs it, "" for the
-    module's own package), `cost_s` (rough seconds, to rank roads) and `precision_options` (precision to the options that ask for it).
+    module's own package), `cost_s` (rough seconds, to rank roads), `precision_options` (precision to the options that ask for it)
+    and `follows` (names of the converters whose files it takes best).
     """
 
     name: str

@@ -27,6 +27,7 @@ _SHIPPED: Mapping[str, Mapping[str, str]] = {
     "converters": {
         "onnx-fp16-from-onnx": "edgekd.converters.onnx_fp16_from_onnx:OnnxFp16FromOnnx",
         "onnx-from-torch": "edgekd.converters.onnx_from_torch:OnnxFromTorch",
+        "onnx-legacy-from-torch": "edgekd.converters.onnx_legacy_from_torch:OnnxLegacyFromTorch",
         "prepare-onnx": "edgekd.converters.prepare_onnx:PrepareOnnx",
         "prepare-tflite": "edgekd.converters.prepare_tflite:PrepareTflite",
         "qdq-from-onnx": "edgekd.converters.qdq_from_onnx:QdqFromOnnx",

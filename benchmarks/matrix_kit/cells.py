@@ -6,24 +6,19 @@ import hashlib
 import re
 import shutil
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from edgekd.converters._onnx_io import captured
 from networks import NETWORKS, SEED, build
 
 from edgekd import convert
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import Target
+from edgekd.contracts import ConvertRequest, Target
 from edgekd.conversion.inputs import refit
-from edgekd.errors import EdgekdError, UnsupportedModel
+from edgekd.errors import ConversionRejected, EdgekdError
 from edgekd.measuring.launching import utc_now
-from edgekd.models.onnx_file import import_onnx
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
 from edgekd.parity.graph import output_ranges
 from edgekd.records import Artifact, HopParity, IOSpec, Precision, Record, TensorParity, TensorSpec
@@ -33,24 +28,23 @@ from edgekd.teachers import TorchTeacher
 CALIBRATION, HELD_OUT = 64, 64
 """Samples that calibrate int8, and samples that every figure is taken on; no digit is in both."""
 
+LEGACY = "onnx-legacy-from-torch"
 OPSETS = (17, 13, 12, 11)
 """Operator sets that torch's older exporter is asked for, for onnx-tf, which knows none that the newer one writes."""
 
 _REASON = 260
 _LOG = "its last words:"
-_EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One column: `title` for people, what edgekd.convert is asked for, and `older`: from an ONNX file of torch's older exporter."""
+    """One column: `title` for people, and what edgekd.convert is asked for."""
 
     title: str
     to: str
     precision: str
     via: tuple[str, ...] = ()
     scheme: str | None = None
-    older: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
@@ -64,8 +58,8 @@ KINDS: Mapping[str, Kind] = {
     "tflite-static": Kind("TFLite static int8", "tflite", "int8", ("tflite-from-torch",), "static_int8"),
     "onnx2tf-fp32": Kind("onnx2tf fp32", "tflite", "fp32", ("tflite-from-onnx",)),
     "onnx2tf-static": Kind("onnx2tf static int8", "tflite", "int8", ("tflite-from-onnx",), "static_int8"),
-    "onnx-tf-fp32": Kind("onnx-tf fp32", "tflite", "fp32", ("saved-model-from-onnx",), older=True),
-    "onnx-tf-static": Kind("onnx-tf, then TensorFlow's static int8", "tflite", "int8", ("saved-model-from-onnx",), "static_int8", older=True),
+    "onnx-tf-fp32": Kind("onnx-tf fp32", "tflite", "fp32", (LEGACY, "saved-model-from-onnx")),
+    "onnx-tf-static": Kind("onnx-tf, then TensorFlow's static int8", "tflite", "int8", (LEGACY, "saved-model-from-onnx"), "static_int8"),
 }
 """Every column by its short name."""
 
@@ -83,7 +77,6 @@ class Cell(Record, tag="edgekd.benchmark.cell/1", frozen=True, kw_only=True):
     status: str
     reason: str = ""
     seconds: float = 0.0
-    source: str = "torch"
     route: tuple[str, ...] = ()
     parity: HopParity | None = None
     hops: tuple[HopParity, ...] = ()
@@ -130,14 +123,12 @@ class Workbench:
         asked = KINDS[kind]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        begun, source = time.monotonic(), "torch"
+        begun = time.monotonic()
         common: dict[str, Any] = {"network": self.network, "kind": kind, "key": key, "made_at": utc_now()}
         try:
-            model: Any = self.module
-            if asked.older:
-                model, source = self._older(folder)
+            options = {LEGACY: {"opset": self._opset(folder)}} if LEGACY in asked.via else {}
             made = convert(
-                model,
+                self.module,
                 asked.to,
                 precision=asked.precision,
                 calibration=self.calibration if asked.precision == "int8" else None,
@@ -146,6 +137,7 @@ class Workbench:
                 out=folder / "artifact",
                 scheme=asked.scheme,
                 environments=self.environments,
+                options=options,
                 samples=HELD_OUT,
                 allow_divergence=True,
                 seed=SEED,
@@ -154,7 +146,7 @@ class Workbench:
             seconds = time.monotonic() - begun
             parity = self.compare(made.stored)
         except EdgekdError as error:
-            return Cell(**common, status="refused", reason=told(error), seconds=time.monotonic() - begun, source=source)
+            return Cell(**common, status="refused", reason=told(error), seconds=time.monotonic() - begun)
         bad = next((hop for hop in (parity, *made.parity) if not hop.passed), None)
         reason = "" if bad is None else short(f"{bad.hop}, {bad.first_bad}: {next(row.reason for row in bad.tensors if row.name == bad.first_bad)}")
         return Cell(
@@ -162,7 +154,6 @@ class Workbench:
             status="ok" if bad is None else "DIFFERS",
             reason=reason,
             seconds=seconds,
-            source=source,
             route=made.route,
             parity=parity,
             hops=made.parity,
@@ -183,54 +174,30 @@ class Workbench:
             limits=output_ranges(stored) if record.precision is Precision.INT8 else None,
         )
 
-    def _older(self, folder: Path) -> tuple[Path, str]:
-        """An ONNX file by torch's older exporter, in the newest operator set that onnx-tf takes, else the newest one that the exporter writes.
+    def _opset(self, folder: Path) -> int:
+        """The newest operator set that onnx-tf takes of this network, else the newest that the exporter writes.
 
         Raises:
-            UnsupportedModel: the exporter refuses all of them.
+            ConversionRejected: the exporter refuses all of them.
         """
-        written: list[tuple[Path, int]] = []
-        refusals: list[str] = []
+        written, refused = [], None
         for opset in OPSETS:
-            path = folder / f"older-{opset}.onnx"
+            place = folder / f"{LEGACY}-{opset}"
+            place.mkdir()
+            asked = ConvertRequest(source=self.module, folder=place, iospec=self.spec, example=self.inputs, options={"opset": opset})
             try:
-                _export(self.module, self.inputs, tuple(self.reference), path, opset)
-            except _EXPORT_ERRORS as error:
-                refusals.append(f"operator set {opset}: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}")
+                made = load("converters", LEGACY)().convert(asked)
+            except ConversionRejected as error:
+                refused = error
                 continue
-            written.append((path, opset))
-            if load("converters", "saved-model-from-onnx")().supports(import_onnx(path, folder / f"older-{opset}")).supported:
-                break
-        else:
-            if not written:
-                raise UnsupportedModel("torch's older exporter refuses it in every operator set that onnx-tf knows", found="; ".join(refusals))
-            path, opset = written[0]
-        return path, f"ONNX {opset} of torch's older exporter"
+            written.append(opset)
+            if load("converters", "saved-model-from-onnx")().supports(made).supported:
+                return opset
+        if refused is not None and not written:
+            raise refused
+        return written[0]
 
 
 def specs_of(arrays: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     """Arrays `(samples, ...)` as tensors with a symbolic batch."""
     return tuple(TensorSpec(name=name, dtype=array.dtype.name, shape=("batch", *array.shape[1:])) for name, array in arrays.items())
-
-
-def _export(module: torch.nn.Module, inputs: Mapping[str, np.ndarray[Any, Any]], outputs: Sequence[str], path: Path, opset: int) -> None:
-    """Write the module with a batch of one by the exporter that works on TorchScript."""
-
-    class Flat(torch.nn.Module):
-        """The module with its outputs as a flat tuple."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = module
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            """All outputs in their order."""
-            made = self.model(x)
-            return tuple(made.values()) if isinstance(made, dict) else (made,)
-
-    arguments = tuple(torch.from_numpy(array[:1]) for array in inputs.values())
-    with captured(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Flat().eval(), arguments, str(path), dynamo=False, opset_version=opset, input_names=list(inputs), output_names=list(outputs), verbose=False
-        )

@@ -143,7 +143,7 @@ def _network(results: Results, network: str, missing: list[str]) -> str:
         latency = results.latency(network, kind)
         if latency is None:
             missing.append(f"{network} {kind} latency")
-        road = ", ".join(f"`{name}`" for name in cell.route) + (f" from {cell.source}" if cell.source != "torch" else "")
+        road = ", ".join(f"`{name}`" for name in cell.route)
         why = "; ".join(text for text in (cell.reason, "" if latency is None or not latency.reason else f"latency: {latency.reason}") if text)
         rows.append(
             f"| {asked.title} | {cell.status if cell.status == 'ok' else f'**{cell.status}**'} | {cell.seconds:.1f} | {worst.sqnr_db:.1f}{where} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +38,7 @@ class Edge:
 
     `environment` is the name of the `edgekd env` that it runs in, or empty; `here` is a module that makes the environment superfluous
     where it can be imported. `needs` maps the modules that it imports to the extra that installs each; `options` ask for the precision.
+    `follows` names the converters whose files it takes best, where it does not start the road.
     """
 
     converter: str
@@ -48,6 +50,7 @@ class Edge:
     needs: Mapping[str, str] = field(default_factory=dict)
     cost_s: float = _DEFAULT_COST_S
     options: Mapping[str, _OPTION] = field(default_factory=dict)
+    follows: tuple[str, ...] = ()
 
     @property
     def changes(self) -> bool:
@@ -178,9 +181,10 @@ def _passes(edges: Sequence[Edge], via: Sequence[str]) -> bool:
     return True
 
 
-def _rank(route: Route) -> tuple[int, int, float, tuple[str, ...]]:
-    """Fewer hops, then fewer environments of their own, then the rough cost (heavy packages count in it), then names."""
-    return (len(route.edges), sum(edge.uses_environment() for edge in route.edges), route.cost_s, route.converters)
+def _rank(route: Route) -> tuple[int, int, int, float, tuple[str, ...]]:
+    """Fewer hops, then fewer files that a converter takes badly, then fewer environments of their own, then the rough cost, then names."""
+    badly = sum(bool(edge.follows) and before.converter not in edge.follows for before, edge in itertools.pairwise(route.edges))
+    return (len(route.edges), badly, sum(edge.uses_environment() for edge in route.edges), route.cost_s, route.converters)
 
 
 def check_ends(source: str, target: str, precision: Precision | str) -> Precision:
@@ -213,7 +217,7 @@ def load_graph() -> FormatGraph:
     """The graph of every converter that is registered now, those of other packages by entry points on equal terms.
 
     Edges are read from class attributes: `source`, `target`, `precisions`, and where a class has them `environment`, `environment_here`,
-    `needs`, `cost_s` and `precision_options` (see `contracts.Converter`).
+    `needs`, `cost_s`, `precision_options` and `follows` (see `contracts.Converter`).
     """
     edges: list[Edge] = []
     broken: dict[str, str] = {}
@@ -250,6 +254,7 @@ def _edges_of(name: str) -> list[Edge]:
             needs=dict(getattr(kind, "needs", {})),
             cost_s=float(getattr(kind, "cost_s", _DEFAULT_COST_S)),
             options=dict(options.get(precision.value, {})),
+            follows=tuple(getattr(kind, "follows", ())),
         )
         for precision in precisions
     ]
@@ -258,7 +263,8 @@ def _edges_of(name: str) -> list[Edge]:
 def routes(source: str, target: str, precision: Precision | str = Precision.FP32, via: Sequence[str] = ()) -> tuple[Route, ...]:
     """All sensible roads from a float model in the format `source` to `target` in `precision`, best first; none if there is none.
 
-    Fewer hops go first, then fewer environments of their own, then the lower rough cost. No road leaves a format twice; one that quantizes
+    Fewer hops go first, then files that the next converter takes well, then fewer environments of their own, then the lower rough cost.
+    No road leaves a format twice; one that quantizes
     does so at its last hop. `via` names converters or formats that the road must pass, in this order, for example `("onnx",)`.
 
     Raises:

@@ -38,6 +38,7 @@ def test_every_shipped_converter_is_an_edge_in_each_of_its_precisions() -> None:
     [
         ("torch", "onnx", "fp32", ("onnx-from-torch",)),
         ("torch", "onnx", "int8", ("onnx-from-torch", "qdq-from-onnx")),
+        ("torch", "saved_model", "fp32", ("onnx-legacy-from-torch", "saved-model-from-onnx")),
         ("torch", "tflite", "fp32", ("tflite-from-torch",)),
         ("torch", "tflite", "int8", ("tflite-from-torch", "quantized-tflite-from-tflite")),
         ("onnx", "onnx", "int8", ("qdq-from-onnx",)),
@@ -52,7 +53,7 @@ def test_best_road_is_the_expected_one(source: str, target: str, precision: str,
 
 def test_no_road_leaves_a_format_twice_prepares_or_goes_on_after_quantizing() -> None:
     found = routes("torch", "tflite", "int8")
-    assert len(found) == 5
+    assert len(found) == 9
     for route in found:
         left = [one.source for one in route.edges if one.source != one.target]
         assert len(left) == len(set(left))
@@ -62,7 +63,11 @@ def test_no_road_leaves_a_format_twice_prepares_or_goes_on_after_quantizing() ->
 
 def test_via_takes_converters_and_formats_in_their_order() -> None:
     assert {route.formats[1] for route in routes("torch", "tflite", "fp32", via=("onnx",))} == {"onnx"}
-    assert names(routes("torch", "tflite", "fp32", via=("onnx", "saved_model"))) == [("onnx-from-torch", "saved-model-from-onnx", "tflite-from-saved-model")]
+    assert names(routes("torch", "tflite", "fp32", via=("onnx", "saved_model")))[0] == (
+        "onnx-legacy-from-torch",
+        "saved-model-from-onnx",
+        "tflite-from-saved-model",
+    )
     assert routes("torch", "tflite", "fp32", via=("saved_model", "onnx")) == ()
     assert names(routes("onnx", "onnx", "int8", via=("prepare-onnx",))) == [("prepare-onnx", "qdq-from-onnx")]
 

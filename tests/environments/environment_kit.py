@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,11 +12,10 @@ from torch import nn
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
-from edgekd.models.onnx_file import import_onnx
 from edgekd.quantize import make_recipe
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.registry import load
-from tests.contracts.tiny_models import ort_infer
+from tests.contracts.tiny_models import ort_infer, spec_of
 
 Inputs = Mapping[str, np.ndarray]
 
@@ -39,20 +37,10 @@ class Sequence(nn.Module):
 
 def legacy_onnx(module: nn.Module, inputs: Inputs, folder: Path, opset: int, name: str = "legacy") -> StoredArtifact:
     """The module by torch's older exporter, batch 1."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{opset}.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module.eval(),
-            tuple(torch.from_numpy(array[:1]) for array in inputs.values()),
-            str(path),
-            dynamo=False,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=["output"],
-        )
-    return import_onnx(path, folder / f"{name}-{opset}")
+    place = folder / f"{name}-{opset}"
+    place.mkdir(parents=True)
+    asked = ConvertRequest(source=module, folder=place, iospec=spec_of(inputs), example=inputs, options={"opset": opset})
+    return convert("onnx-legacy-from-torch", asked)
 
 
 def request(source: StoredArtifact, inputs: Inputs, folder: Path, *, scheme: str = "", **options: str | int | float | bool) -> ConvertRequest:

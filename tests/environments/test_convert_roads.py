@@ -50,9 +50,9 @@ def test_onnx_by_way_of_a_saved_model_is_compared_over_it(tmp_path: Path, need: 
     home = need("onnx-tf")["environments"]
     source = legacy_onnx(ConvNet(), SOME, tmp_path, 13)
     out = tmp_path / "m.tflite"
-    made = edgekd.convert(source.entry, to="tflite", via=("saved_model",), example=SOME, out=out, environments=home, progress=False)
-    assert made.route == ("saved-model-from-onnx", "tflite-from-saved-model")
-    assert [(hop.hop, hop.passed) for hop in made.parity] == [("onnx -> saved_model -> tflite", True)]
+    made = edgekd.convert(ConvNet(), to="tflite", via=("saved_model",), example=SOME, out=out, environments=home, progress=False)
+    assert made.route == ("onnx-legacy-from-torch", "saved-model-from-onnx", "tflite-from-saved-model")
+    assert [(hop.hop, hop.passed) for hop in made.parity] == [("torch -> onnx", True), ("onnx -> saved_model -> tflite", True)]
     assert "saved_model" in made.notes[0]
     folder = edgekd.convert(source.entry, to="saved_model", example=SOME, out=tmp_path / "folder", environments=home, progress=False)
     assert (tmp_path / "folder" / "saved_model.pb").is_file()
