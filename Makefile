@@ -13,7 +13,7 @@ CHECKED := edgekd targets converters profiles tests benchmarks examples
 # Where `make test-converters` keeps the environments of converters: made once, 5.6 GB, about six minutes.
 ENVIRONMENTS ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/edgekd/environments
 
-.PHONY: demo test test-slow test-converters matrix check format env clean
+.PHONY: demo test test-slow test-converters matrix check format env clean goldens
 
 env: $(STAMP)
 
@@ -63,3 +63,7 @@ format: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# Record anew what every road makes of the golden networks (docs/converting.md): after a version in constraints.txt moved.
+goldens: $(CONVERTERS)
+	$(RUN) -m tests.golden.record $(WORDS)
