@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import configparser
-import importlib.metadata
-import importlib.util
 import platform
-import re
-import sys
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from edgekd import registry
 from edgekd.conversion.environments import EnvironmentState, list_environments
-from edgekd.errors import ConfigError, EdgekdError
+from edgekd.errors import EdgekdError
+from edgekd.extras import ExtraRow, check_extras
 from edgekd.records import Profile
 from edgekd.records.base import Record
 from edgekd.settings.profile_file import ProfileEntry, list_profiles
 from edgekd.target import connect, hardware_text
 
-_MODULES = {"scikit-learn": "sklearn", "tensorflow-cpu": "tensorflow"}
-"""Distributions whose module is called otherwise; the rest only turn `-` into `_`."""
-
-_DEVELOPMENT = frozenset({"dev", "testing"})
 _ARCHITECTURES = ("aarch64", "x86_64")
-_REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9._-]+)\s*(?:\[[^\]]*\])?\s*\(?([^;)]*)\)?\s*(?:;\s*(.*))?$")
-_EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
-_MACHINE = re.compile(r"""platform_machine\s*==\s*['"]([^'"]+)['"]""")
-
-
-class PackageRow(Record, tag="edgekd.doctor_package/1", frozen=True, kw_only=True):
-    """One package of an extra. `version` is empty when it is not installed; `problem` is empty when all is well."""
-
-    package: str
-    wanted: str
-    version: str = ""
-    problem: str = ""
-
-
-class ExtraRow(Record, tag="edgekd.doctor_extra/1", frozen=True, kw_only=True):
-    """One extra with its packages. `remedy` is the line that installs what is missing, empty when nothing is."""
-
-    extra: str
-    packages: tuple[PackageRow, ...]
-    remedy: str = ""
-
-    @property
-    def complete(self) -> bool:
-        return not self.remedy
 
 
 class TargetRow(Record, tag="edgekd.doctor_target/1", frozen=True, kw_only=True):
@@ -111,94 +77,6 @@ def architecture_problem(system: str | None = None, machine: str | None = None) 
     )
 
 
-def declared_extras() -> dict[str, tuple[str, ...]]:
-    """Extra to its requirements, as installed, else as written in the checkout's `setup.cfg`; those for development are left out.
-
-    Raises:
-        ConfigError: neither is there: the package was copied by hand.
-    """
-    try:
-        requirements = importlib.metadata.distribution("edgekd").requires or []
-    except importlib.metadata.PackageNotFoundError:
-        return _from_setup_cfg(_checkout() / "setup.cfg")
-    found: dict[str, list[str]] = {}
-    for text in requirements:
-        marker = _EXTRA.search(text)
-        if marker:
-            found.setdefault(marker[1], []).append(text)
-    return {name: tuple(texts) for name, texts in sorted(found.items()) if name not in _DEVELOPMENT}
-
-
-def check_extras(declared: Mapping[str, Iterable[str]] | None = None) -> tuple[ExtraRow, ...]:
-    """A row for every extra, its packages looked up without importing any; the default is what edgekd declares.
-
-    Packages for machines of another architecture are left out.
-    """
-    rows = []
-    for extra, requirements in (declared_extras() if declared is None else declared).items():
-        packages = tuple(check_package(text) for text in requirements if not _for_another_machine(text))
-        missing = any(row.problem for row in packages)
-        rows.append(ExtraRow(extra=extra, packages=packages, remedy=install_line(extra) if missing else ""))
-    return tuple(rows)
-
-
-def _for_another_machine(requirement: str) -> bool:
-    match = _MACHINE.search(requirement)
-    return match is not None and match[1] != platform.machine()
-
-
-def check_package(requirement: str) -> PackageRow:
-    """Whether a requirement such as `onnx>=1.17` is met, from metadata alone.
-
-    Raises:
-        ConfigError: the text is no requirement, or uses a comparison other than `>=`, `>`, `<=`, `<`, `==`, `!=`.
-    """
-    match = _REQUIREMENT.match(requirement)
-    if not match:
-        raise ConfigError("this is not a requirement", found=requirement, allowed="for example onnx>=1.17")
-    package, wanted = match[1], match[2].replace(" ", "")
-    module = _MODULES.get(package, package.replace("-", "_"))
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        if importlib.util.find_spec(module) is None:
-            return PackageRow(package=package, wanted=wanted, problem="not installed")
-        return PackageRow(package=package, wanted=wanted, version="unknown (from another distribution)")
-    if importlib.util.find_spec(module) is None:
-        return PackageRow(package=package, wanted=wanted, version=version, problem=f"installed, but its module {module} is not there")
-    if not version_fits(version, wanted):
-        return PackageRow(package=package, wanted=wanted, version=version, problem=f"{version} does not fit {wanted}")
-    return PackageRow(package=package, wanted=wanted, version=version)
-
-
-def version_fits(version: str, wanted: str) -> bool:
-    """Whether `1.32.0` fits `>=1.20,<2`: compared number by number, what follows the numbers (`+cpu`, `rc1`) does not count.
-
-    Raises:
-        ConfigError: another comparison than `>=`, `>`, `<=`, `<`, `==`, `!=`.
-    """
-    have = _numbers(version)
-    for part in filter(None, wanted.split(",")):
-        match = re.match(r"^(>=|<=|==|!=|>|<)(\d[\w.+!-]*)$", part)
-        if not match:
-            raise ConfigError("this comparison of versions is not understood", found=part, allowed=">=, >, <=, <, ==, !=")
-        limit = _numbers(match[2])
-        width = max(len(have), len(limit))
-        left, right = have + (0,) * (width - len(have)), limit + (0,) * (width - len(limit))
-        fits = {">=": left >= right, ">": left > right, "<=": left <= right, "<": left < right, "==": left == right, "!=": left != right}
-        if not fits[match[1]]:
-            return False
-    return True
-
-
-def install_line(extra: str) -> str:
-    """The line that installs an extra for the Python that runs: from the package index, or from the checkout at hand."""
-    checkout = _checkout()
-    if (checkout / "setup.cfg").is_file():
-        return f'{sys.executable} -m pip install -e "{checkout}[{extra}]"'
-    return f'{sys.executable} -m pip install "edgekd[{extra}]"'
-
-
 def check_targets(*, open_them: bool = True) -> tuple[TargetRow, ...]:
     """A row for every profile on the search path. With `open_them` each is opened and closed once, which is the only proof that it can be."""
     return tuple(_check_target(entry, open_them) for entry in list_profiles())
@@ -243,23 +121,3 @@ def _unprovided(profile: Profile) -> str:
     """Which part of a profile no plug-in provides, without importing any; empty when all are known."""
     parts = (("transport", "transports", profile.transport.kind), ("runtime", "runtimes", profile.runtime.kind))
     return "; ".join(f"no plug-in provides the {part} {name!r}" for part, group, name in parts if name not in registry.table(group))
-
-
-def _checkout() -> Path:
-    return Path(__file__).resolve().parent.parent
-
-
-def _from_setup_cfg(path: Path) -> dict[str, tuple[str, ...]]:
-    if not path.is_file():
-        raise ConfigError(
-            "how edgekd was installed cannot be told: it has neither metadata nor a checkout around it", hint='pip install "edgekd[x86]"', subject=str(path)
-        )
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read(path, encoding="utf-8")
-    section = parser["options.extras_require"]
-    return {name: tuple(filter(None, text.split("\n"))) for name, text in sorted(section.items()) if name not in _DEVELOPMENT}
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    head = re.match(r"^\d+(?:\.\d+)*", version)
-    return tuple(int(part) for part in head[0].split(".")) if head else ()

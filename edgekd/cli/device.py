@@ -35,6 +35,7 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
     if overrides:
         raise click.UsageError("--set needs a TARGET: edgekd doctor TARGET --set runtime.threads=2")
     from edgekd.doctor import diagnose
+    from edgekd.extras import extra_sizes
 
     found = diagnose()
     if as_json:
@@ -45,6 +46,17 @@ def doctor(target: str | None, overrides: tuple[str, ...], as_json: bool) -> int
         click.echo(f"problem: {found.problem}")
     rows = [(extra.extra, item.package, item.wanted or "any", item.version or "-", item.problem or "ok") for extra in found.extras for item in extra.packages]
     print_table("Packages", ("extra", "package", "wanted", "installed", "state"), rows)
+    print_table(
+        "Extras",
+        ("extra", "adds", "on disk", "state"),
+        [
+            (row.extra, row.about, "-" if row.size_mb is None else f"{row.size_mb:.0f} MB", "complete" if row.complete else "not complete")
+            for row in found.extras
+        ],
+        numeric=(2,),
+    )
+    sizes = extra_sizes()
+    click.echo(f"edgekd alone takes {sizes.base_mb:.0f} MB; extras share packages, so that sizes do not add up (measured on {sizes.measured_on}, {sizes.date})")
     for extra in found.extras:
         if extra.remedy:
             click.echo(f"extra {extra.extra} is not complete; install it with: {extra.remedy}")

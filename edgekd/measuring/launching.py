@@ -21,6 +21,8 @@ from edgekd.storage import sha256_bytes
 
 R = TypeVar("R", bound=Record)
 
+_POLL_S = 1.0
+
 Progress = Callable[[str, int, int], None]
 """Told after every block: what is measured, launches that count so far, launches wanted."""
 
@@ -74,7 +76,10 @@ class Bench:
         self.started_at = utc_now()
         self.valid: dict[str, list[Launch]] = {label: [] for label in subjects}
         self.rejected: dict[str, list[Launch]] = {label: [] for label in subjects}
+        self.waited_s = 0.0
+        """How long this measurement has waited for a disturbed device."""
         self._index = 0
+        self._disturbed = False
 
     def taken(self, label: str) -> int:
         """Launches of the label so far, valid and rejected."""
@@ -82,7 +87,7 @@ class Bench:
 
     def run(self, schedule: Sequence[str]) -> tuple[Launch, ...]:
         """One job on the device: one fresh process per label of `schedule`, in that order. Between two jobs the device rests for
-        the longer of the protocol's gap and the profile's cooldown.
+        the longer of the protocol's gap and the profile's cooldown, and after one with a rejected launch until it is calm (`_wait_for_calm`).
 
         Raises:
             RunnerFailed: the runtime gave other launches than those asked for.
@@ -91,6 +96,8 @@ class Bench:
         rest_s = max(self.protocol.gap_s, self.target.profile.measure.cooldown_s)
         if self._index and rest_s > 0:
             time.sleep(rest_s)
+        if self._disturbed:
+            self._wait_for_calm()
         used = [label for label in self.subjects if label in set(schedule)]
         launches = self.target.runtime.benchmark(
             BenchmarkRequest(
@@ -111,13 +118,31 @@ class Bench:
                 subject=self.target.name,
             )
         self._index += len(launches)
+        self._disturbed = False
         for launch in launches:
             reason = validity_reason(launch, self.limits)
             if reason:
+                self._disturbed = True
                 self.rejected[launch.label].append(msgspec.structs.replace(launch, invalid=reason))
             else:
                 self.valid[launch.label].append(launch)
         return launches
+
+    def _wait_for_calm(self) -> None:
+        """Wait until the sentinel is within its limit again, while the profile's `measure.patience_s` lasts.
+
+        Only the device's state is looked at, never a latency, so that waiting favours nobody.
+        """
+        calibrated, drift = self.limits.sentinel_ns, self.limits.sentinel_drift_max
+        if calibrated is None or drift is None:
+            return
+        start = time.monotonic() - self.waited_s
+        while (left_s := self.target.profile.measure.patience_s - self.waited_s) > 0:
+            seen = self.target.runtime.snapshot().sentinel_ns
+            if seen is None or seen <= calibrated * (1.0 + drift):
+                break
+            time.sleep(min(_POLL_S, left_s))
+            self.waited_s = time.monotonic() - start
 
     def measurement(self, label: str, grade: Grade, reason: str = "") -> Measurement:
         """The record of one label; a `reason` makes it invalid."""

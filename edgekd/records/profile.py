@@ -35,7 +35,10 @@ class RuntimeConfig(Record, tag="edgekd.runtime/1", frozen=True, kw_only=True):
 
 
 class MeasureConfig(Record, tag="edgekd.measure/1", frozen=True, kw_only=True):
-    """The two grades, and the widest limits of validity (an A/A run on the device narrows them)."""
+    """The two grades, and the widest limits of validity (an A/A run on the device narrows them).
+
+    `patience_s`: how long one measurement in all waits for a device that rejected launches show to be disturbed.
+    """
 
     screen: MeasurePlan = MeasurePlan(
         launch=LaunchProtocol(warmup_min_s=0.1, warmup_max_s=0.3, min_samples=50, min_time_s=0.1, max_time_s=3.0),
@@ -47,6 +50,7 @@ class MeasureConfig(Record, tag="edgekd.measure/1", frozen=True, kw_only=True):
     verdict: MeasurePlan = MeasurePlan()
     limits: Limits = Limits()
     cooldown_s: NonNegativeFloat = 0.0
+    patience_s: NonNegativeFloat = 20.0
     lock_wait_s: NonNegativeFloat = 60.0
 
 

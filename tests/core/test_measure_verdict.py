@@ -10,10 +10,10 @@ import pytest
 from edgekd.contracts import Runtime
 from edgekd.errors import InputError, RunnerFailed
 from edgekd.measuring.measure import Subject, measure_verdict, screen
-from edgekd.records import Clock, Grade, Measurement, Outcome
+from edgekd.records import Clock, Grade, Measurement, Outcome, Snapshot
 from edgekd.registry import required_members
 from edgekd.verdict import check_latency
-from tests.core.fake_device import LIMITS, SHORT, FakeRuntime, FakeTarget, fake, steady
+from tests.core.fake_device import LIMITS, SENTINEL, SHORT, FakeRuntime, FakeTarget, Script, fake, steady
 
 
 def never(_: Mapping[str, Measurement]) -> bool:
@@ -148,3 +148,45 @@ def test_cooldown_is_kept_between_jobs(subjects: Callable[..., list[Subject]], m
     target = fake(steady({"a": 1.0, "b": 1.0}), cooldown_s=1.5)
     measure_verdict(target, subjects("a", "b"), limits=LIMITS, seed=0, undecided=never)
     assert rests == [1.5] * (len(target.device.jobs) - 1)
+
+
+def slow_at(indices: range) -> Script:
+    """Launches of one label; those at `indices` come from a device whose fixed kernel takes half as long again."""
+
+    def script(label: str, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        state = Snapshot(sentinel_ns=SENTINEL * 3 // 2 if index in indices else SENTINEL, steal_share=0.0)
+        return {**steady({label: 1.0})(label, index, rng), "before": state, "after": state}
+
+    return script
+
+
+@pytest.mark.parametrize(("patience_s", "waits"), [(0.0, 0), (20.0, 3), (2.0, 2)])
+def test_a_disturbed_device_is_waited_for_while_patience_lasts(
+    patience_s: float, waits: int, subjects: Callable[..., list[Subject]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is the tests' own: a wait of a second takes a second of it. The device is calm after three."""
+    now = 0.0
+    rests: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        rests.append(seconds)
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    target = fake(slow_at(range(0, 1)), patience_s=patience_s)
+    target.device.snapshot = lambda: Snapshot(sentinel_ns=SENTINEL * 3 // 2 if now < 3.0 else SENTINEL)  # type: ignore[method-assign]  # disturbed for 3 s
+    got = measure_verdict(target, subjects("a"), limits=LIMITS, seed=0, undecided=never)["a"]
+    assert rests == [1.0] * waits
+    assert (len(got.launches), len(got.rejected), got.valid) == (20, 1, True)
+
+
+def test_a_calm_device_is_not_asked_for_its_state(subjects: Callable[..., list[Subject]]) -> None:
+    target = fake(steady({"a": 1.0}))
+
+    def asked() -> Snapshot:
+        raise AssertionError("the state was asked for")
+
+    target.device.snapshot = asked  # type: ignore[method-assign]  # a device that must not be asked
+    assert measure_verdict(target, subjects("a"), limits=LIMITS, seed=0, undecided=never)["a"].valid
