@@ -9,7 +9,7 @@ import msgspec
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
 from edgekd.errors import ParityRejected
-from edgekd.models.onnx_file import import_onnx
+from edgekd.models.onnx_artifact import import_onnx
 from edgekd.parity.compare import BASE_DEPTH
 from edgekd.parity.faults import Run, diagnose
 from edgekd.parity.graph import depth_told
