@@ -16,6 +16,9 @@ from edgekd.records import Format, IOSpec, Precision
 CARRIED = ("labels", "processing", "source")
 """Notes that go from a file to what is made of it. In an artifact's metadata they have the same names."""
 
+HELD = (Format.ONNX.value, Format.TFLITE.value)
+"""Formats that hold notes."""
+
 _OWN = ("iospec", "normalization", "parent", "precision", "recipe", "version")
 
 
