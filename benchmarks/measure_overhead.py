@@ -24,7 +24,7 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import BenchmarkRequest, Target
 from edgekd.measuring.latency import latencies_ms
 from edgekd.measuring.measure import Subject, calibrate_limits, measure_verdict, screen
-from edgekd.models.onnx_file import import_onnx
+from edgekd.models.onnx_artifact import import_onnx
 from edgekd.records import LaunchProtocol
 from edgekd.target import connect
 

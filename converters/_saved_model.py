@@ -11,6 +11,7 @@ from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
 from edgekd.conversion.environments import environment_python
 from edgekd.errors import ConfigError, DataError, ModelError
+from edgekd.models.notes import carried_notes, noted_metadata
 from edgekd.records import Format, IOSpec, Precision, TensorSpec
 from edgekd.storage import copy_file
 
@@ -103,7 +104,7 @@ def store_saved_model(
         opset=graph_version,
         producers=producers,
         parent=request.source.record.content_hash(),
-        metadata={"converter": converter, **metadata},
+        metadata=noted_metadata({"converter": converter, **metadata}, carried_notes(request)),
         extra_files=extra,
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, near_names
+from edgekd.models.notes import carried_notes
 from edgekd.models.tflite_artifact import store_tflite
 from edgekd.models.tflite_file import op_counts, parse_model, precision_of, read_graph, require_schema, unique_tensor_names
 from edgekd.records import IOSpec, Precision, TensorSpec
@@ -193,6 +194,7 @@ def finish(
         parent=request.source.record.content_hash(),
         recipe=request.recipe.digest() if request.recipe is not None else "",
         metadata={**metadata, **({"scheme": request.recipe.scheme} if request.recipe is not None else {})},
+        notes=carried_notes(request),
     )
 
 

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.artifact import StoredArtifact, store_artifact
+from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConversionRejected, DataError, MissingDependency, ModelError
-from edgekd.models.onnx_file import BATCH, PROTO_LIMIT, depth_of, iospec_of, opset_of, require_onnx, write_model
-from edgekd.records import Format, IOSpec, Precision
+from edgekd.models.notes import carried_notes
+from edgekd.models.onnx_artifact import store_onnx
+from edgekd.models.onnx_file import BATCH, iospec_of, require_onnx
+from edgekd.records import IOSpec, Precision
 from edgekd.tree import flatten_outputs
 
 from ._onnx_io import last_message, versions
-from ._torch_io import copy_module, module_outputs
+from ._torch_io import copy_module, module_outputs, weights_hash
 
 if TYPE_CHECKING:
     import torch
@@ -130,15 +132,13 @@ def store_exported(
             subject=converter,
         )
     iospec = IOSpec(inputs=iospec.inputs, outputs=iospec.outputs, state=iospec.state, static_binding={} if dynamic else {**iospec.static_binding, BATCH: 1})
-    extra = write_model(proto, request.folder, _ENTRY, limit=PROTO_LIMIT)
-    return store_artifact(
+    return store_onnx(
+        proto,
         request.folder,
         _ENTRY,
-        format=Format.ONNX,
         precision=Precision.FP32,
         iospec=iospec,
-        opset=opset_of(proto),
         producers=versions(*producers),
-        metadata={"converter": converter, "batch": "dynamic" if dynamic else "static", "depth": str(depth_of(proto)), **metadata},
-        extra_files=extra,
+        metadata={"converter": converter, "batch": "dynamic" if dynamic else "static", **metadata},
+        notes={"source": weights_hash(request.source), **carried_notes(request)},
     )

@@ -10,6 +10,8 @@ from typing import Any
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, ConvertRequest, Infer, Tensors
 from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError, near_names
+from edgekd.models.notes import carried_notes
+from edgekd.models.onnx_artifact import store_onnx
 from edgekd.models.onnx_file import count_ops, depth_of, float_tensors, iospec_of, load_model, name_nodes, opset_of, require_onnx, strip_notes, write_model
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import observe
@@ -78,14 +80,12 @@ class OnnxFp16FromOnnx:
             if not _has_half(made):
                 raise ConversionRejected("nothing in this model becomes float16", found=f"{len(pins.reasons)} nodes stay in float32", subject=self.name)
             folder = Path(work) / "made"
-            extra = write_model(made, folder, _ENTRY)
-            stored = store_artifact(
+            stored = store_onnx(
+                made,
                 folder,
                 _ENTRY,
-                format=Format.ONNX,
                 precision=Precision.FP16,
                 iospec=iospec_of(made, source.record.iospec),
-                opset=opset_of(made),
                 producers={**source.record.producers, **versions("onnx", "onnxruntime")},
                 parent=source.record.content_hash(),
                 metadata={
@@ -100,7 +100,7 @@ class OnnxFp16FromOnnx:
                     "library_float_ops": str(left),
                     "cast_nodes": str(count_ops(made, {"Cast"})),
                 },
-                extra_files=extra,
+                notes=carried_notes(request),
             )
             _prove(infer, stored, made, inputs, int(options["memory_mb"]), bool(options["keep_io"]))
             return stored.copy_to(request.folder)

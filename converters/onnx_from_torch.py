@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, MissingDependency
-from edgekd.models.onnx_file import BATCH, count_ops, name_nodes, strip_notes
+from edgekd.models.onnx_file import BATCH, name_nodes, strip_notes
 from edgekd.records import Precision
 
 from ._onnx_io import captured
+from ._onnx_tidy import tidy
 from ._torch_io import MODEL_ERRORS
 from ._torch_onnx import flat, prepared, refusal, store_exported
 
@@ -53,9 +54,9 @@ class OnnxFromTorch:
         except ImportError as error:
             raise MissingDependency("onnxscript", "distill", purpose="exporting a torch module") from error
         proto = _export(module, arguments, names, outputs, opset, dynamic)
-        folded = count_ops(proto, {"BatchNormalization"})
         name_nodes(proto, _module_names(proto))
         strip_notes(proto)
+        proto, tidied = tidy(proto, request.iospec, request.example)
         return store_exported(
             proto,
             request,
@@ -64,7 +65,7 @@ class OnnxFromTorch:
             outputs=outputs,
             dynamic=dynamic,
             producers=("torch", "onnx", "onnxscript"),
-            metadata={"batch_normalizations": str(folded)},
+            metadata=tidied,
         )
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError
-from edgekd.models.onnx_file import count_ops, name_nodes, require_onnx, strip_notes
+from edgekd.models.onnx_file import name_nodes, require_onnx, strip_notes
 from edgekd.records import Precision
 
 from ._onnx_io import captured
+from ._onnx_tidy import tidy
 from ._torch_io import MODEL_ERRORS
 from ._torch_onnx import flat, prepared, refusal, store_exported
 
@@ -57,9 +58,9 @@ class OnnxLegacyFromTorch:
             except MODEL_ERRORS as error:
                 raise refusal(module, error) from error
             proto = onnx.load(path)
-        folded = count_ops(proto, {"BatchNormalization"})
         name_nodes(proto, {position: node.name.removeprefix("/model/") for position, node in enumerate(proto.graph.node)})
         strip_notes(proto)
+        proto, tidied = tidy(proto, request.iospec, request.example)
         return store_exported(
             proto,
             request,
@@ -68,7 +69,7 @@ class OnnxLegacyFromTorch:
             outputs=outputs,
             dynamic=False,
             producers=("torch", "onnx"),
-            metadata={"batch_normalizations": str(folded)},
+            metadata=tidied,
         )
 
 

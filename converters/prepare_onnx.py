@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import StoredArtifact, store_artifact
+from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConversionRejected, MissingDependency, ModelError
+from edgekd.models.notes import carried_notes
+from edgekd.models.onnx_artifact import store_onnx
 from edgekd.models.onnx_file import (
     count_ops,
-    depth_of,
     float_tensors,
     iospec_of,
     load_model,
@@ -28,6 +29,7 @@ from edgekd.models.onnx_file import (
 from edgekd.records import Format, Precision
 
 from ._onnx_io import captured, last_message, versions
+from ._onnx_tidy import tidy
 
 _ENTRY = "prepared.onnx"
 _MIN_OPSET = 13
@@ -41,7 +43,8 @@ _COMPUTING = {
 
 
 class PrepareOnnx:
-    """Runs onnxruntime's pre-processing and says in the metadata how far it got; changes no numbers beyond float rounding.
+    """Folds batch norms, each proven equal on the example, removes what does nothing, runs onnxruntime's pre-processing and says in the metadata
+    how far it got; changes no numbers beyond float rounding.
 
     Metadata: `prepared` is `symbolic` (everything), `no-symbolic` (symbolic shape inference failed) or `plain` (pre-processing failed;
     shapes only), with `prepared_reason`; `tensors` and `ops` are JSON: what calibration observes (elements per sample, -1 unknown)
@@ -76,6 +79,7 @@ class PrepareOnnx:
             return source.copy_to(request.folder)
         model, upgraded = _upgraded(load_model(source.entry))
         name_nodes(model)
+        model, tidied = tidy(model, source.record.iospec, request.example)
         prepared, how, reason = _pre_process(model)
         name_nodes(prepared)
         strip_notes(prepared)
@@ -84,14 +88,12 @@ class PrepareOnnx:
         touched = {name for node in nodes if node.op_type in kinds for name in (*node.inputs, *node.outputs)}
         floats = float_tensors(prepared)
         tensors = {name: size for name, size in floats.items() if name in touched}
-        extra = write_model(prepared, request.folder, _ENTRY)
-        return store_artifact(
+        return store_onnx(
+            prepared,
             request.folder,
             _ENTRY,
-            format=Format.ONNX,
             precision=Precision.FP32,
             iospec=iospec_of(prepared, source.record.iospec),
-            opset=opset_of(prepared),
             producers={**source.record.producers, **versions("onnx", "onnxruntime")},
             parent=source.record.content_hash(),
             metadata={
@@ -99,12 +101,12 @@ class PrepareOnnx:
                 "prepared": how,
                 "prepared_reason": reason,
                 "upgraded_from_opset": upgraded,
-                "depth": str(depth_of(prepared)),
+                **tidied,
                 "batch_normalizations": str(count_ops(prepared, {"BatchNormalization"})),
                 "tensors": json.dumps(tensors),
                 "ops": json.dumps([[node.name, node.op_type] for node in nodes if node.op_type in _COMPUTING & kinds and node.outputs[0] in floats]),
             },
-            extra_files=extra,
+            notes=carried_notes(request),
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, ModelError
+from edgekd.models.notes import carried_notes, free_notes
 from edgekd.models.tflite_artifact import read_notes, store_tflite
 from edgekd.models.tflite_file import ensure_signature, load_model, unique_tensor_names
 from edgekd.records import Format, Precision
@@ -44,7 +45,6 @@ class PrepareTflite:
         signed, renamed = ensure_signature(model), unique_tensor_names(model)
         if not signed and not renamed and {"tensors", "ops"} <= set(source.record.metadata):
             return source.copy_to(request.folder)
-        kept = {key: value for key, value in read_notes(model).items() if isinstance(value, str)}
         return store_tflite(
             model,
             request.folder,
@@ -54,5 +54,5 @@ class PrepareTflite:
             producers=source.record.producers,
             parent=source.record.content_hash(),
             metadata={"renamed_tensors": str(renamed)},
-            notes={key: value for key, value in kept.items() if key not in ("precision", "parent", "recipe")},
+            notes={**free_notes(read_notes(model)), **carried_notes(request)},
         )

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.artifact import StoredArtifact, store_artifact
+from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, near_names
-from edgekd.models.onnx_file import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, opset_of, require_onnx, write_model
+from edgekd.models.notes import carried_notes
+from edgekd.models.onnx_artifact import store_onnx
+from edgekd.models.onnx_file import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, require_onnx
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import observe
 from edgekd.quantize.recipes import SCHEMES
-from edgekd.records import Format, Precision, QuantRecipe
+from edgekd.records import Precision, QuantRecipe
 
 from ._onnx_io import captured, host_infer, last_message, versions
 from ._place_qdq import place
@@ -90,15 +92,13 @@ class QdqFromOnnx:
             )
         name_nodes(model)
         placed = check_placement(model, placement) if placement is not None else {}
-        extra = write_model(model, request.folder, _ENTRY)
         kept = ("prepared", "prepared_reason", "upgraded_from_opset")
-        return store_artifact(
+        return store_onnx(
+            model,
             request.folder,
             _ENTRY,
-            format=Format.ONNX,
             precision=Precision.INT8,
             iospec=iospec_of(model, prepared.record.iospec),
-            opset=opset_of(model),
             producers={**prepared.record.producers, **versions("onnx", "onnxruntime")},
             parent=request.source.record.content_hash(),
             recipe=recipe.digest(),
@@ -112,7 +112,7 @@ class QdqFromOnnx:
                 **placed,
                 **{key: prepared.record.metadata[key] for key in kept},
             },
-            extra_files=extra,
+            notes=carried_notes(request),
         )
 
 

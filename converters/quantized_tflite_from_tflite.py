@@ -15,7 +15,8 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError, near_names
-from edgekd.models.tflite_artifact import COMPUTING, fit_layouts, quantizable, store_tflite
+from edgekd.models.notes import carried_notes, free_notes
+from edgekd.models.tflite_artifact import COMPUTING, fit_layouts, quantizable, read_notes, store_tflite
 from edgekd.models.tflite_file import TfliteGraph, ensure_signature, load_model, pack_model, parse_model, read_graph, require_schema, unique_tensor_names
 from edgekd.quantize.calibrate import observe
 from edgekd.records import Format, IOSpec, Precision, QuantRecipe
@@ -92,6 +93,7 @@ class QuantizedTfliteFromTflite:
             parent=source.record.content_hash(),
             recipe=request.recipe.digest() if request.recipe else "",
             metadata={"scheme": scheme, "ranges": how, **counts},
+            notes={**free_notes(read_notes(model)), **carried_notes(request)},
         )
 
 

@@ -110,7 +110,7 @@ def onnx_source(source: Any, converter: str) -> StoredArtifact:
     require_onnx("converting an ONNX model")
     if not isinstance(source, StoredArtifact) or source.record.format is not Format.ONNX:
         raise ModelError(
-            f"{converter} takes an ONNX artifact", found=type(source).__name__, hint="edgekd.models.onnx_file.import_onnx makes one", subject=converter
+            f"{converter} takes an ONNX artifact", found=type(source).__name__, hint="edgekd.models.onnx_artifact.import_onnx makes one", subject=converter
         )
     if source.record.precision is not Precision.FP32:
         raise ModelError(

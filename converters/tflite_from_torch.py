@@ -14,6 +14,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError, near_names
+from edgekd.models.notes import carried_notes
 from edgekd.models.tflite_artifact import store_tflite
 from edgekd.models.tflite_file import parse_model, require_schema, unique
 from edgekd.records import IOSpec, Precision, TensorSpec
@@ -21,7 +22,7 @@ from edgekd.tree import flatten_outputs
 
 from ._litert import blame, quiet
 from ._onnx_io import Noise, versions
-from ._torch_io import MODEL_ERRORS, copy_module, module_outputs
+from ._torch_io import MODEL_ERRORS, copy_module, module_outputs, weights_hash
 
 if TYPE_CHECKING:
     import torch
@@ -99,6 +100,7 @@ class TfliteFromTorch:
             converter=self.name,
             producers=versions("torch", "litert-torch", "litert-converter", "ai-edge-litert"),
             metadata={"batch": "static", "channel_last": str(channel_last).lower(), "recurrent_steps": str(seen.recurrent_steps)},
+            notes={"source": weights_hash(request.source), **carried_notes(request)},
         )
 
 

@@ -251,6 +251,7 @@ class ConvertRequest:
 
     `example` holds one batch per input, batch first. `recipe` and `calibration` are for quantizers, which take activation
     `ranges` (tensor -> low, high), or observe them on `calibration` with `infer`.
+    `notes` (labels, processing) go into the file, where the format can hold them, and on to what is made of it.
     """
 
     source: Any
@@ -262,6 +263,7 @@ class ConvertRequest:
     options: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] | None = None
     infer: Infer | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -76,6 +76,13 @@ class QuantizeOptions(Record, tag="edgekd.quantize_options/1", frozen=True, kw_o
     max_float_ops: NonNegative = 8
 
 
+class ConvertOptions(Record, tag="edgekd.convert_options/1", frozen=True, kw_only=True):
+    """How the student becomes a file. `max_transposes` bounds the operators that move a whole tensor; without it a TFLite file may hold as
+    many as the student itself asks for, and those at the borders (`docs/graphs.md`)."""
+
+    max_transposes: NonNegative | None = None
+
+
 class Options(Record, tag="edgekd.options/1", frozen=True, kw_only=True):
     """Everything beside the arguments of `edgekd.compress`.
 
@@ -87,6 +94,7 @@ class Options(Record, tag="edgekd.options/1", frozen=True, kw_only=True):
     train: TrainOptions = TrainOptions()
     search: SearchOptions = SearchOptions()
     quantize: QuantizeOptions = QuantizeOptions()
+    convert: ConvertOptions = ConvertOptions()
     parity_samples: Positive = 32
     bundle_data_mb: PositiveFloat = 256.0
     cache_mb: PositiveFloat = 4096.0

@@ -12,7 +12,7 @@ import numpy as np
 from edgekd.contracts import Array, Target, Task
 from edgekd.data import Arrays
 from edgekd.errors import ConfigError, DataError, near_names
-from edgekd.models.onnx_file import import_onnx
+from edgekd.models.onnx_artifact import import_onnx
 from edgekd.npy import load_inputs, read_array
 from edgekd.options import Options
 from edgekd.pipeline import compress

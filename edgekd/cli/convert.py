@@ -30,6 +30,9 @@ _ENDINGS = {".onnx": "onnx", ".tflite": "tflite"}
 @click.option("--scheme", help="For int8: the quantization scheme. Default: the first of the target that runs the last format.")
 @click.option("--method", type=click.Choice(["minmax", "percentile", "entropy"]), default="minmax", show_default=True, help="How ranges are taken.")
 @click.option("--iospec", type=FILE, help="For a Keras file or a SavedModel: a JSON file that says what it takes and gives.")
+@click.option("--outputs", default="", help="The outputs to keep, with commas between; the others are cut with what only fed them. Default: all.")
+@click.option("--max-transposes", type=int, help="Refuse a file with more transpositions. Default for TFLite: those that MODEL asks for, and the borders.")
+@click.option("--channel-last", is_flag=True, help="For a torch module to TFLite: take and give images as NHWC.")
 @click.option("--environments", type=FOLDER, help="The folder of the converters' environments, as in `edgekd env --path`.")
 @click.option("--allow-divergence", is_flag=True, help="Write the file although a hop computes something else.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write, or a folder for a model of several files.")
@@ -47,6 +50,9 @@ def convert(
     scheme: str | None,
     method: str,
     iospec: Path | None,
+    outputs: str,
+    max_transposes: int | None,
+    channel_last: bool,
     environments: Path | None,
     allow_divergence: bool,
     out: Path | None,
@@ -59,7 +65,7 @@ def convert(
     MODEL is a file (.onnx, .tflite, .keras), a SavedModel folder, or MODULE:NAME of a torch module or a function that makes it. Makes no claim
     about latency or accuracy: `edgekd bench` and `edgekd compress` do. Nothing is written when a hop computes something else.
     """
-    steps = tuple(part.strip() for part in via.split(",") if part.strip())
+    steps = _names(via)
     if plan:
         return _plan(model, to_format or _to(out), precision, steps, environments, as_json)
     if out is None:
@@ -85,6 +91,9 @@ def convert(
         method=method,
         target=target,
         overrides=overrides,
+        outputs=_names(outputs) or None,
+        max_transposes=max_transposes,
+        options={"tflite-from-torch": {"channel_last": True}} if channel_last else None,
         iospec=None if iospec is None else IOSpec.load(iospec),
         environments=environments,
         allow_divergence=allow_divergence,
@@ -101,12 +110,18 @@ def _to(out: Path | None) -> str | None:
     return None if out is None else _ENDINGS.get(out.suffix)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _is_named(model: str) -> bool:
     return ":" in model and not Path(model).exists()
 
 
 def _print(made: Conversion) -> None:
     """The comparison of every hop as a table, then what was written."""
+    from edgekd.models.notes import HELD, shown_notes
+
     rows = [
         (
             hop.hop,
@@ -126,6 +141,11 @@ def _print(made: Conversion) -> None:
     for note in made.notes:
         click.echo(f"note: {note}")
     record = made.artifact
+    if made.layout_ops is not None:
+        click.echo(f"layout operators: {made.layout_ops}, of which {made.transposes} move a tensor")
+    if record.format.value in HELD:
+        for name, text in shown_notes(made.stored.entry).items():
+            click.echo(f"in the file: {name}: {text}")
     click.echo(f"{made.out}: {record.format.value}, {record.precision.value}, {record.size_bytes} bytes, SHA-256 {record.files[record.entry]}")
 
 

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import Array, CalibrationSet, ConvertRequest, Target, Tensors
-from edgekd.conversion.formats import HOST_PROFILES, FormatGraph, Route, load_graph
-from edgekd.conversion.inputs import CHANNEL_LAST, Source, given_inputs, open_source, refit, source_format
-from edgekd.errors import ConfigError, ParityRejected, UnsupportedModel
-from edgekd.parity.compare import BASE_DEPTH, compare_hop, first_bad_hop, require_parity
-from edgekd.parity.graph import output_ranges
-from edgekd.records import Artifact, HopParity, IOSpec, Precision, QuantRecipe, Record
+from edgekd.contracts import Array, Target, Tensors
+from edgekd.conversion.bounds import check_limit, require_bound
+from edgekd.conversion.editing import edited
+from edgekd.conversion.formats import FormatGraph, Route, load_graph
+from edgekd.conversion.inputs import CHANNEL_LAST, given_inputs, open_source, source_format
+from edgekd.conversion.running import Options, Run, Say
+from edgekd.errors import ConfigError, ParityRejected
+from edgekd.parity.compare import first_bad_hop, require_parity
+from edgekd.records import Artifact, HopParity, IOSpec, Precision, Record
 from edgekd.storage import copy_file, folder_atomic
 
 if TYPE_CHECKING:
     import torch
-
-Say = Callable[[str], None]
-Options = Mapping[str, Mapping[str, str | int | float | bool]]
 
 
 class Conversion(Record, tag="edgekd.conversion/1", frozen=True, kw_only=True):
@@ -51,10 +49,24 @@ class Conversion(Record, tag="edgekd.conversion/1", frozen=True, kw_only=True):
         return all(hop.passed for hop in self.parity)
 
     @property
+    def transposes(self) -> int | None:
+        """How many operators of the file move a whole tensor; `None` for formats that edgekd does not read."""
+        return _number(self.artifact.metadata, "transposes")
+
+    @property
+    def layout_ops(self) -> int | None:
+        """How many operators of the file change order or shape of axes only; `None` for formats that edgekd does not read."""
+        return _number(self.artifact.metadata, "layout_ops")
+
+    @property
     def stored(self) -> StoredArtifact:
         """The artifact with the folder that its files lie in."""
         place = Path(self.out)
         return StoredArtifact(self.artifact, place if place.is_dir() else place.parent)
+
+
+def _number(metadata: Mapping[str, str], name: str) -> int | None:
+    return int(metadata[name]) if name in metadata else None
 
 
 def print_line(text: str) -> None:
@@ -102,6 +114,8 @@ def convert(
     method: str = "minmax",
     target: Target | str | None = None,
     overrides: Sequence[str] = (),
+    outputs: Sequence[str] | None = None,
+    max_transposes: int | None = None,
     iospec: IOSpec | None = None,
     options: Options | None = None,
     environments: Path | str | None = None,
@@ -118,20 +132,25 @@ def convert(
     A batch axis is bound to 1. `precision` is that of the model by default, int8 needs `calibration`; its `scheme` is by default the first
     of the target that runs the last format. `target` runs the formats that it can; others run on `local` and `litert-local`.
     `options` go to converters by name, for example `{"tflite-from-torch": {"channel_last": True}}`; `environments` is a folder as in
-    `edgekd env --path`. `progress` is a function of lines, or whether they go to standard error.
+    `edgekd env --path`. `outputs` names the outputs that stay: the others go, with what only fed them. `max_transposes` bounds the operators
+    that move a whole tensor in the file at the end; by default a TFLite file from a torch module or an ONNX file may hold as many as these ask
+    for, and those at the borders (`docs/graphs.md`). `progress` is a function of lines, or whether they go to standard error.
 
     Raises:
         ConfigError: no road exists or is ready, or an argument makes no sense. ModelError, DataError: the model or the inputs cannot be used.
-        ConversionRejected: a converter refuses the model. UnsupportedModel: a runtime or target does.
+        ConversionRejected: a converter refuses the model, or the file holds too many transpositions. UnsupportedModel: a runtime or target does.
         ParityRejected: a hop computes something else; nothing is written, unless `allow_divergence`.
     """
     say: Say = progress if callable(progress) else print_line if progress else _silent
     place, folder_of = Path(out), None if environments is None else Path(environments)
     own, kind = dict(options or {}), source_format(model)
+    check_limit(max_transposes)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekd-convert-")))
         channel_last = any(values.get(CHANNEL_LAST) is True for values in own.values())
         source = open_source(model, kind, scratch / "source", iospec, example if example is not None else calibration, channel_last=channel_last)
+        compared, compared_text = given_inputs(source, example, calibration, samples, seed)
+        source = edited(source, outputs, scratch / "edited", compared)
         wanted = source.precision if precision is None and to == kind and not via else Precision.FP32 if precision is None else precision
         graph = load_graph()
         passed_over: tuple[str, ...] = ()
@@ -154,14 +173,17 @@ def convert(
                 hint="pass calibration=" if quantizes else "pass them as example=, to compare on them",
                 subject="calibration",
             )
-        run = _Run(source, route, say, folder_of, own)
-        run.inputs, run.inputs_text = given_inputs(source, example, calibration, samples, seed)
+        run = Run(source, route, say, folder_of, own)
+        run.inputs, run.inputs_text = compared, compared_text
         run.open_targets(stack, target, overrides)
+        run.bound_transposes(max_transposes)
         if calibration is not None:
             run.calibrate(calibration, scheme, method)
         made = run.convert(scratch)
         if made is None:
             raise ConfigError("the model is a torch module already", found=kind, hint="name another format", subject=to)
+        if not route.edges and run.bound is not None:
+            require_bound(made, run.bound, "")
         if not allow_divergence:
             _require(run.parity, route)
         stored = _write(made, place)
@@ -176,136 +198,6 @@ def convert(
         ran_on={name: one.name + (f" (simulated: {one.simulated})" if one.simulated else "") for name, one in run.targets.items()},
         notes=(*passed_over, *run.notes),
     )
-
-
-class _Run:
-    """One road being run: the model as it stands after the last hop, and the outputs that the next one is compared with."""
-
-    def __init__(self, source: Source, route: Route, say: Say, environments: Path | None, options: Options) -> None:
-        self.source, self.route, self.say, self.environments, self.options = source, route, say, environments, options
-        self.targets: dict[str, Target] = {}
-        self.parity: list[HopParity] = []
-        self.notes: list[str] = []
-        self.inputs: Tensors = {}
-        self.inputs_text = ""
-        self.calibration: CalibrationSet | None = None
-        self.recipe: QuantRecipe | None = None
-
-    def open_targets(self, stack: ExitStack, target: Target | str | None, overrides: Sequence[str]) -> None:
-        """Open, before anything is converted, what runs each format of the road."""
-        from edgekd.target import connect
-
-        wanted = [name for name in dict.fromkeys(self.route.formats) if name in HOST_PROFILES] if self.route.edges else []
-        if target is not None and wanted:
-            given = stack.enter_context(connect(target, overrides=overrides)) if isinstance(target, str) else target
-            runs = {item.value for item in given.capabilities.formats}
-            if not runs & set(wanted):
-                raise UnsupportedModel(
-                    f"the target {given.name!r} runs no format of this road", found=", ".join(sorted(runs)), allowed=", ".join(wanted), subject=given.name
-                )
-            self.targets |= {name: given for name in wanted if name in runs}
-        for name in wanted:
-            if name not in self.targets:
-                self.targets[name] = stack.enter_context(connect(HOST_PROFILES[name]))
-
-    def calibrate(self, calibration: Any, scheme: str | None, method: str) -> None:
-        """The calibration set, laid out as in the source, and the recipe of the hop that quantizes."""
-        from edgekd.quantize.calibrate import calibration_set
-        from edgekd.quantize.recipes import SCHEMES, candidate_schemes, make_recipe
-
-        last = self.route.formats[-1]
-        arrays = self.source.arrays(calibration, "calibration")
-        label = f"folder {Path(calibration).name}" if isinstance(calibration, (str, Path)) else "calibration"
-        self.calibration = calibration_set(arrays, split=label)
-        chosen = scheme
-        if chosen is None:
-            if last not in self.targets:
-                raise ConfigError(f"nothing on the host runs {last}, so that no scheme is known to suit it", hint="pass scheme=", subject=last)
-            fitting = [name for name in candidate_schemes(self.targets[last].capabilities) if SCHEMES[name].format == last]
-            if not fitting:
-                raise UnsupportedModel("the target runs no int8 of this format", found=self.targets[last].name, allowed=", ".join(SCHEMES), subject=last)
-            chosen = fitting[0]
-        self.recipe = make_recipe(chosen, method, self.calibration)
-        self.say(f"calibrating scheme {chosen} by {method} on {self.recipe.calibration.size} samples")
-
-    def convert(self, scratch: Path) -> StoredArtifact | None:
-        """The artifact at the end of the road; `None` where a road without hops starts from a module."""
-        from edgekd.registry import load
-
-        here, spec, at = self.source.artifact, self.source.iospec, self.source.format
-        inputs, calibration = self.inputs, self.calibration
-        reference, skipped = self._outputs(at, here, inputs), at
-        for number, edge in enumerate(self.route.edges):
-            self.say(f"hop {number + 1} of {len(self.route.edges)}: {edge.converter}: started")
-            folder = scratch / f"hop-{number}"
-            folder.mkdir()
-            quantizes = edge.precision is Precision.INT8
-            asked = {**edge.options, **self.options.get(edge.converter, {})}
-            if edge.environment and self.environments is not None:
-                asked.setdefault("environments", str(self.environments))
-            runner = self.targets.get(edge.source)
-            request = ConvertRequest(
-                source=self.source.module if here is None else here,
-                folder=folder,
-                iospec=spec,
-                example=inputs,
-                recipe=self.recipe if quantizes else None,
-                calibration=calibration if quantizes else None,
-                options=asked,
-                infer=runner.runtime.infer if runner is not None and runner.capabilities.taps and quantizes else None,
-            )
-            before, made = spec, load("converters", edge.converter)().convert(request)
-            if made.record.format.value != edge.target or made.record.precision is not edge.precision:
-                raise ConfigError(
-                    f"the converter {edge.converter!r} gave something else than it is registered for",
-                    found=f"{made.record.format.value} {made.record.precision.value}",
-                    allowed=f"{edge.target} {edge.precision.value}",
-                    hint="repair the plug-in",
-                    subject=edge.converter,
-                )
-            spec = made.record.iospec
-            inputs = refit(inputs, before, made, changed=edge.source != edge.target)
-            if calibration is not None:
-                calibration = replace(calibration, inputs=refit(calibration.inputs, before, made, changed=edge.source != edge.target))
-            if reference is not None:
-                reference = refit(reference, before, made, changed=edge.source != edge.target, outputs=True)
-            reference, skipped = self._compare(f"{skipped} -> {edge.target}", reference, self._outputs(edge.target, made, inputs), made)
-            here = made
-        return here
-
-    def _outputs(self, at: str, model: StoredArtifact | None, inputs: Tensors) -> Tensors | None:
-        """Outputs of the model as it stands; nothing where no runtime of the host runs this format, or there are no hops to compare."""
-        if not self.route.edges:
-            return None
-        if model is None:
-            return self.source.outputs(inputs)
-        return self.targets[at].runtime.infer(model, inputs) if at in self.targets else None
-
-    def _compare(self, hop: str, reference: Tensors | None, found: Tensors | None, made: StoredArtifact) -> tuple[Tensors | None, str]:
-        """Compare a hop if both sides run; what the next one is compared with, and the name of its beginning."""
-        if found is None:
-            self.say(f"{hop}: nothing runs this format here; compared together with the next hop")
-            self.notes.append(f"{hop}: no runtime on the host runs {made.record.format.value}")
-            return reference, hop
-        if reference is None:
-            self.say(f"{hop}: not compared by edgekd, since nothing runs the source here")
-            self.notes.append(f"{hop}: not compared, since no runtime on the host runs what comes before")
-            return found, made.record.format.value
-        depth = made.record.metadata.get("depth", "")
-        label = hop if made.record.precision is Precision.FP32 else f"{hop} {made.record.precision.value}"
-        parity = compare_hop(
-            label,
-            reference,
-            found,
-            precision=made.record.precision,
-            depth=int(depth) if depth.isdigit() else BASE_DEPTH,
-            limits=output_ranges(made) if made.record.precision is Precision.INT8 else None,
-        )
-        self.parity.append(parity)
-        worst = min(parity.tensors, key=lambda tensor: tensor.sqnr_db)
-        verdict = "within tolerance" if parity.passed else f"DIFFERS at {parity.first_bad}"
-        self.say(f"{label}: {verdict} on {parity.samples} samples, signal to error {worst.sqnr_db:.1f} dB ({worst.name})")
-        return found, made.record.format.value if made.record.precision is Precision.FP32 else f"{made.record.format.value} {made.record.precision.value}"
 
 
 def _check_options(options: Options, route: Route) -> None:

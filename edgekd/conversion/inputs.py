@@ -114,7 +114,7 @@ def open_source(model: Any, format: str, folder: Path, iospec: IOSpec | None, ex
         stored.verify()
         return Source(format, stored.record.iospec, artifact=stored)
     if format == Format.ONNX.value:
-        from edgekd.models.onnx_file import import_onnx
+        from edgekd.models.onnx_artifact import import_onnx
 
         made = import_onnx(path, folder, like=iospec)
     elif format == Format.TFLITE.value:

@@ -38,6 +38,6 @@ def import_model(path: Path, folder: Path) -> StoredArtifact:
         from edgekd.models.tflite_import import take_tflite
 
         return take_tflite(path, folder)
-    from edgekd.models.onnx_file import import_onnx
+    from edgekd.models.onnx_artifact import import_onnx
 
     return import_onnx(path, folder)

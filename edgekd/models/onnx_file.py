@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.errors import MissingDependency, ModelError, near_names
-from edgekd.records import Format, IOSpec, Precision, TensorSpec
+from edgekd.models.layout import MOVING, RENAMING
+from edgekd.records import IOSpec, Precision, TensorSpec
 from edgekd.storage import sha256_bytes, sha256_file, write_atomic
 
 BATCH = "batch"
@@ -25,7 +25,7 @@ PROTO_LIMIT = 2**31 - 2**20
 """Bytes above which the weights go to a file of their own; a protobuf message ends at 2 GiB."""
 
 _QUANTIZED = {"QuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
-_LAYOUT_OPS = {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "QuantizeLinear", "DequantizeLinear"}
+_IDLE_OPS = MOVING | RENAMING | {"Identity", "QuantizeLinear", "DequantizeLinear"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def load_model(path: Path) -> Any:
     try:
         model = onnx.load(str(path))
     except (DecodeError, ValueError, OSError, onnx.checker.ValidationError) as error:
-        raise ModelError(f"{path} is not a readable ONNX model", found=_first_line(error), hint="export it again", subject=path) from error
+        raise ModelError(f"{path} is not a readable ONNX model", found=first_line(error), hint="export it again", subject=path) from error
     if not model.graph.node and not model.graph.output:
         raise ModelError(f"{path} is not a readable ONNX model", found="a file without a graph", hint="export it again", subject=path)
     return model
@@ -75,6 +75,21 @@ def load_model(path: Path) -> Any:
 def opset_of(model: Any) -> int:
     """The version of the default operator set that the model imports."""
     return max((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def named_ops(model: Any) -> tuple[tuple[str, str], ...]:
+    """Name and operator of every node, those of inner graphs too."""
+    found: list[tuple[str, str]] = []
+
+    def walk(graph: Any) -> None:
+        for node in graph.node:
+            found.append((node.name, node.op_type))
+            for attribute in node.attribute:
+                for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                    walk(inner)
+
+    walk(model.graph)
+    return tuple(found)
 
 
 def nodes_of(model: Any) -> tuple[Node, ...]:
@@ -116,7 +131,7 @@ def depth_of(model: Any) -> int:
     depth: dict[str, int] = {}
     longest = 1
     for node in model.graph.node:
-        here = max((depth.get(name, 0) for name in node.input), default=0) + (node.op_type not in _LAYOUT_OPS)
+        here = max((depth.get(name, 0) for name in node.input), default=0) + (node.op_type not in _IDLE_OPS)
         depth.update(dict.fromkeys(node.output, here))
         longest = max(longest, here)
     return longest
@@ -254,52 +269,14 @@ def precision_of(model: Any) -> Precision:
     return Precision.FP16 if half > elements.get(onnx.TensorProto.FLOAT, 0) else Precision.FP32
 
 
-def import_onnx(path: Path, folder: Path, *, binding: Mapping[str, int] | None = None, like: IOSpec | None = None) -> StoredArtifact:
-    """A user's ONNX file as an artifact `model.onnx` in `folder`, checked, with every node named.
-
-    `binding` gives dynamic axes their sizes; `None` binds a dynamic first axis to 1 and refuses other dynamic axes;
-    an empty mapping leaves all axes as they are.
-
-    Raises:
-        ModelError: the file is no valid model, or a dynamic axis has no size.
-    """
-    onnx = require_onnx("importing an ONNX model")
-    model = load_model(path)
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise ModelError(f"{path} is not a valid ONNX model", found=_first_line(error), hint="export it again", subject=path) from error
-    spec = iospec_of(model, like)
-    wanted = dict(binding) if binding is not None else {axis: 1 for tensor in spec.inputs for axis in tensor.shape[:1] if isinstance(axis, str)}
-    if wanted:
-        model = bind_axes(model, wanted)
-        spec = iospec_of(model, like)
-    if binding is None:
-        for tensor in spec.inputs:
-            tensor.sizes({})
-    name_nodes(model)
-    extra = write_model(model, folder, "model.onnx")
-    spec = IOSpec(inputs=spec.inputs, outputs=spec.outputs, state=spec.state, static_binding={**spec.static_binding, **wanted})
-    return store_artifact(
-        folder,
-        "model.onnx",
-        format=Format.ONNX,
-        precision=precision_of(model),
-        iospec=spec,
-        opset=opset_of(model),
-        producers={model.producer_name or "unknown": model.producer_version or "unknown"},
-        metadata={"depth": str(depth_of(model))},
-        extra_files=extra,
-    )
-
-
 def count_ops(model: Any, names: Iterable[str]) -> int:
     """How many nodes of the main graph are of one of the types `names`."""
     wanted = set(names)
     return sum(node.op_type in wanted for node in model.graph.node)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the kind of the error."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
 
@@ -316,7 +293,7 @@ def file_hash(path: Path) -> str:
     try:
         model = onnx.load_model(str(path), load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
-        raise ModelError(f"{path} is not a valid ONNX model", found=_first_line(error), hint="export it again", subject=path) from error
+        raise ModelError(f"{path} is not a valid ONNX model", found=first_line(error), hint="export it again", subject=path) from error
     outside = sorted({entry.value for weight in model.graph.initializer for entry in weight.external_data if entry.key == "location"})
     digests = [sha256_file(path)]
     for name in outside:

@@ -13,13 +13,15 @@ import numpy as np
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, Tensors
 from edgekd.errors import DataError, ModelError
+from edgekd.models.layout import layout_ops
+from edgekd.models.notes import CARRIED, free_notes, noted_iospec, noted_metadata, notes_text
 from edgekd.models.tflite_file import (
     TfliteGraph,
     depth_of,
     ensure_signature,
     iospec_of,
-    layout_ops,
     load_model,
+    named_ops,
     op_counts,
     pack_model,
     parse_model,
@@ -37,6 +39,8 @@ ENTRY = "model.tflite"
 
 NOTES = "edgekd"
 """The metadata entry of a file that holds edgekd's JSON."""
+
+_NESTED = ("iospec", "normalization")
 
 COMPUTING = frozenset({
     "ADD", "AVERAGE_POOL_2D", "BATCH_MATMUL", "CONCATENATION", "CONV_2D", "DEPTHWISE_CONV_2D", "DIV", "FULLY_CONNECTED", "GELU", "HARD_SWISH",
@@ -61,7 +65,7 @@ def store_tflite(
     """The artifact `model.tflite` in `folder`, written whole. Layouts, value ranges and normalization are taken from `like`.
 
     The file itself carries, as metadata entry `edgekd`, JSON with its inputs and outputs, the hash of its parent and `notes`.
-    The artifact's metadata says: `op_counts` (JSON), `layout_ops`, `depth`, `tensors` (JSON: elements per sample of what
+    The artifact's metadata says: `op_counts` (JSON), `layout_ops`, `transposes`, `depth`, `tensors` (JSON: elements per sample of what
     calibration observes), `ops` (JSON: `[name, operator]` of what can stay in float), `tensor_names` (JSON: input or output to
     the tensor that it is in the file) and `signature`; `tensors` and `ops` for fp32 only.
 
@@ -70,8 +74,8 @@ def store_tflite(
     """
     graph = read_graph(model)
     iospec = iospec_of(graph, like)
-    told = {"iospec": iospec.to_builtins(), "precision": precision.value, "parent": parent, "recipe": recipe, **(notes or {})}
-    set_metadata(model, {NOTES: json.dumps(told, sort_keys=True, separators=(",", ":")).encode()})
+    told = dict(notes or {})
+    _set_notes(model, notes_text(iospec, precision, parent=parent, recipe=recipe, notes=told))
     data = pack_model(model)
     parse_model(data)
     write_atomic(folder / ENTRY, data)
@@ -86,23 +90,26 @@ def store_tflite(
         producers=producers,
         parent=parent,
         recipe=recipe,
-        metadata={
-            "converter": converter,
-            "op_counts": json.dumps(counts),
-            "op_total": str(sum(counts.values())),
-            "layout_ops": str(layout_ops(counts)),
-            "layouts": json.dumps({tensor.name: tensor.layout for tensor in (*iospec.inputs, *iospec.outputs) if tensor.layout}),
-            "depth": str(depth_of(graph)),
-            "signature": graph.signature,
-            "tensor_names": json.dumps(
-                {
-                    "inputs": {name: tensor.name for name, tensor in graph.inputs.items()},
-                    "outputs": {name: tensor.name for name, tensor in graph.outputs.items()},
-                }
-            ),
-            **(quantizable(graph) if precision is Precision.FP32 else {}),
-            **(metadata or {}),
-        },
+        metadata=noted_metadata(
+            {
+                "converter": converter,
+                "op_counts": json.dumps(counts),
+                "op_total": str(sum(counts.values())),
+                **layout_ops(named_ops(model)).metadata(),
+                "layouts": json.dumps({tensor.name: tensor.layout for tensor in (*iospec.inputs, *iospec.outputs) if tensor.layout}),
+                "depth": str(depth_of(graph)),
+                "signature": graph.signature,
+                "tensor_names": json.dumps(
+                    {
+                        "inputs": {name: tensor.name for name, tensor in graph.inputs.items()},
+                        "outputs": {name: tensor.name for name, tensor in graph.outputs.items()},
+                    }
+                ),
+                **(quantizable(graph) if precision is Precision.FP32 else {}),
+                **(metadata or {}),
+            },
+            told,
+        ),
     )
 
 
@@ -129,9 +136,7 @@ def import_tflite(path: Path, folder: Path, *, like: IOSpec | None = None) -> St
     ensure_signature(model)
     graph = read_graph(model)
     noted = read_notes(model)
-    if like is None and "iospec" in noted:
-        like = IOSpec.from_json(json.dumps(noted["iospec"]), source=f"the notes in {path}")
-    spec = iospec_of(graph, like)
+    spec = iospec_of(graph, like or noted_iospec(noted, path))
     for tensor in spec.inputs:
         tensor.sizes({})
     return store_tflite(
@@ -142,12 +147,18 @@ def import_tflite(path: Path, folder: Path, *, like: IOSpec | None = None) -> St
         converter="import",
         producers={"unknown": "unknown"},
         metadata={"renamed_tensors": str(renamed)},
-        notes={key: value for key, value in noted.items() if key not in ("iospec", "precision", "parent", "recipe")},
+        notes=free_notes(noted),
     )
 
 
-def read_notes(model: Any) -> dict[str, Any]:
-    """What edgekd wrote into a file, or nothing.
+def _set_notes(model: Any, told: Mapping[str, str]) -> None:
+    """Write edgekd's notes into the model, in place: one entry with JSON, in which the description is an object."""
+    data = {name: json.loads(text) if name in _NESTED else text for name, text in told.items()}
+    set_metadata(model, {NOTES: json.dumps(data, sort_keys=True, separators=(",", ":")).encode()})
+
+
+def read_notes(model: Any) -> dict[str, str]:
+    """What edgekd wrote into a file, name to text, or nothing.
 
     Raises:
         ModelError: the entry holds no JSON.
@@ -157,11 +168,13 @@ def read_notes(model: Any) -> dict[str, Any]:
         found = json.loads(data)
     except ValueError as error:
         raise ModelError("the notes in the TFLite file are no JSON", found=str(error), hint="convert it again", subject=NOTES) from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: value if isinstance(value, str) else json.dumps(value, sort_keys=True, separators=(",", ":")) for name, value in found.items()}
 
 
-def annotate_tflite(source: StoredArtifact, folder: Path, notes: Mapping[str, str]) -> StoredArtifact:
-    """The artifact in another folder with `notes` (labels, normalization, hashes) added to edgekd's JSON inside the file.
+def annotate_tflite(source: StoredArtifact, folder: Path, notes: Mapping[str, str], *, iospec: IOSpec | None = None) -> StoredArtifact:
+    """The artifact in another folder with `notes` (labels, processing) added to edgekd's JSON inside the file, and `iospec` for its description.
 
     Operators, weights and metadata are as before; the parent is the source.
 
@@ -169,21 +182,22 @@ def annotate_tflite(source: StoredArtifact, folder: Path, notes: Mapping[str, st
         ModelError: the source is no TFLite file.
     """
     model = load_model(source.entry)
-    told = {**read_notes(model), **notes}
-    set_metadata(model, {NOTES: json.dumps(told, sort_keys=True, separators=(",", ":")).encode()})
-    write_atomic(folder / ENTRY, pack_model(model))
     record = source.record
+    spec, parent = iospec or record.iospec, record.content_hash()
+    told = {**free_notes(read_notes(model)), **{name: record.metadata[name] for name in CARRIED if name in record.metadata}, **notes}
+    _set_notes(model, notes_text(spec, record.precision, parent=parent, recipe=record.recipe, notes=told))
+    write_atomic(folder / ENTRY, pack_model(model))
     return store_artifact(
         folder,
         ENTRY,
         format=record.format,
         precision=record.precision,
-        iospec=record.iospec,
+        iospec=spec,
         opset=record.opset,
         producers=record.producers,
-        parent=record.content_hash(),
+        parent=parent,
         recipe=record.recipe,
-        metadata=record.metadata,
+        metadata=noted_metadata(record.metadata, told),
     )
 
 

@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 
 from edgekd.errors import ConversionRejected, MissingDependency, ModelError
+from edgekd.models.layout import MOVING, RENAMING
 from edgekd.records import IOSpec, Precision, TensorSpec
-
-LAYOUT_OPS = frozenset({"TRANSPOSE"})
-"""Operators that only change the order of axes; each one moves a whole tensor through memory."""
 
 _IDENTIFIER = b"TFL3"
 _ALIGNMENT = 16
@@ -28,7 +26,7 @@ _ALIGNMENT = 16
 _SIZE_LIMIT = 2**31 - 2**20
 """Bytes above which a flatbuffer cannot be addressed."""
 
-_IDLE_OPS = LAYOUT_OPS | {"RESHAPE", "SQUEEZE", "EXPAND_DIMS", "QUANTIZE", "DEQUANTIZE"}
+_IDLE_OPS = MOVING | RENAMING | {"QUANTIZE", "DEQUANTIZE"}
 _READ_ERRORS = (struct.error, IndexError, ValueError, TypeError, AttributeError, UnicodeDecodeError, OverflowError)
 
 
@@ -216,9 +214,15 @@ def op_counts(model: Any) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def layout_ops(counts: Mapping[str, int]) -> int:
-    """How many operators only change the order of axes."""
-    return sum(count for kind, count in counts.items() if kind in LAYOUT_OPS)
+def named_ops(model: Any) -> tuple[tuple[str, str], ...]:
+    """Name and kind of every operator, over all graphs of the file; an operator is called by its first output."""
+    _, reader = require_schema("reading a TFLite model")
+    found = []
+    for graph in model.subgraphs:
+        for op in graph.operators:
+            outputs = [index for index in _ints(op.outputs) if index >= 0]
+            found.append((_text(graph.tensors[outputs[0]].name) if outputs else "", _kind(model, op, reader)))
+    return tuple(found)
 
 
 def depth_of(graph: TfliteGraph) -> int:

@@ -7,7 +7,10 @@ from pathlib import Path
 import msgspec
 
 from edgekd.artifact import StoredArtifact, store_artifact
-from edgekd.models.tflite_file import depth_of, iospec_of, load_model, precision_of, read_graph
+from edgekd.models.layout import layout_ops
+from edgekd.models.notes import CARRIED, noted_iospec
+from edgekd.models.tflite_artifact import read_notes
+from edgekd.models.tflite_file import depth_of, iospec_of, load_model, named_ops, precision_of, read_graph
 from edgekd.records import Format, IOSpec, TensorSpec
 from edgekd.storage import copy_file
 
@@ -26,7 +29,8 @@ def take_tflite(path: Path, folder: Path) -> StoredArtifact:
     """
     model = load_model(path)
     graph = read_graph(model)
-    found = iospec_of(graph)
+    noted = read_notes(model)
+    found = iospec_of(graph, noted_iospec(noted, path))
     spec = IOSpec(inputs=tuple(map(_one_sample, found.inputs)), outputs=tuple(map(_one_sample, found.outputs)))
     for tensor in spec.inputs:
         tensor.sizes({})
@@ -39,7 +43,12 @@ def take_tflite(path: Path, folder: Path) -> StoredArtifact:
         iospec=spec,
         opset=int(model.version),
         producers={"unknown": "unknown"},
-        metadata={"depth": str(depth_of(graph)), "signature": graph.signature},
+        metadata={
+            "depth": str(depth_of(graph)),
+            "signature": graph.signature,
+            **layout_ops(named_ops(model)).metadata(),
+            **{name: noted[name] for name in CARRIED if name in noted},
+        },
     )
 
 

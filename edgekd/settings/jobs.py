@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import BudgetError, near_names
-from edgekd.options import Options, QuantizeOptions, SearchOptions, TrainOptions
+from edgekd.options import ConvertOptions, Options, QuantizeOptions, SearchOptions, TrainOptions
 from edgekd.records import Budget, Record
 from edgekd.records.model import NonNegative
 from edgekd.settings.toml_file import TomlText, apply_overrides, check_known, load_toml, parse_overrides, to_record
@@ -279,7 +279,7 @@ def load_job(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()
 def _check_inner_names(document: TomlText) -> None:
     """Refuse a key at the top that belongs inside a table, with its whole name: `accept_simulated` is `options.accept_simulated`."""
     inner = {"budget": Budget, "data": JobData, "student": JobStudent, "options": Options, "options.train": TrainOptions}
-    inner |= {"options.search": SearchOptions, "options.quantize": QuantizeOptions}
+    inner |= {"options.search": SearchOptions, "options.quantize": QuantizeOptions, "options.convert": ConvertOptions}
     for key in document.data:
         if key in JobSpec.__struct_fields__:
             continue

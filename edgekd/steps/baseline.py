@@ -11,7 +11,7 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
 from edgekd.errors import BudgetError, MeasurementInvalid, Rejected
 from edgekd.measuring.measure import Screened, Subject, calibrate_limits
-from edgekd.models.onnx_file import import_onnx
+from edgekd.models.onnx_artifact import import_onnx
 from edgekd.records import Artifact, HopParity, LedgerRow, Limits, Point, Precision, Record
 from edgekd.steps.checks import check_splits, check_teacher
 from edgekd.steps.context import Context, checked_outputs, point, row, score

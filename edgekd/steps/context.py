@@ -16,6 +16,7 @@ from edgekd.conversion.toolchain import Toolchain, toolchain_of
 from edgekd.data import Split
 from edgekd.errors import ModelError
 from edgekd.measuring.measure import Screened, Subject, screen
+from edgekd.models.notes import labels_text
 from edgekd.options import Options
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
 from edgekd.parity.graph import depth_told, output_ranges
@@ -79,9 +80,14 @@ class Context:
         inputs = tuple(TensorSpec(name=name, dtype=str(value.dtype), shape=(1, *value.shape[1:])) for name, value in batch.inputs.items())
         return IOSpec(inputs=inputs, outputs=(TensorSpec(name="output", dtype="float32", shape=()),), static_binding={"batch": 1})
 
+    def file_notes(self) -> dict[str, str]:
+        """What is known here and goes into every file: the labels of the classes, where the task has them."""
+        labels = self.task.describe().get("labels", "")
+        return {"labels": labels_text(labels.split("\n"))} if labels else {}
+
     def export(self, source: Any, folder: Path) -> StoredArtifact:
         """A torch module as a float artifact in the target's format, with batch 1."""
-        request = ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs)
+        request = ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs, notes=self.file_notes())
         return self.toolchain.converter("exporter").convert(request)
 
     def hop(self, name: str, reference: Tensors, outputs: Tensors, precision: Precision, model: StoredArtifact | None = None) -> HopParity:

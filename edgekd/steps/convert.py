@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import msgspec
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
+from edgekd.conversion.bounds import asked_bound, module_bound, require_bound
 from edgekd.errors import ParityRejected
-from edgekd.models.onnx_file import import_onnx
+from edgekd.models.notes import annotate
+from edgekd.models.onnx_artifact import import_onnx
 from edgekd.parity.compare import BASE_DEPTH
 from edgekd.parity.faults import Run, diagnose
 from edgekd.parity.graph import depth_told
-from edgekd.records import Artifact, HopParity, LedgerRow, Precision, Record, StudentSpec
+from edgekd.records import Artifact, Format, HopParity, LedgerRow, Precision, Record, StudentSpec
 from edgekd.steps.context import Context, row
 
 
@@ -29,7 +32,7 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
     """Export the student and compare the file with it.
 
     Raises:
-        ConversionRejected: the exporter refused the student.
+        ConversionRejected: the exporter refused the student, or the file holds too many transpositions.
         ParityRejected: the file computes something else; the message names the hop and the tensor, the subject is the `HopParity`.
     """
     place = folder / "float"
@@ -38,7 +41,9 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
     inputs = context.validation.all(samples).inputs
     if spec.kind == "fixed-onnx":
         source = getattr(context.space, "onnx")  # noqa: B009 - only the space Fixed of a file has it
-        model = import_onnx(source, place)
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as work:
+            model = annotate(import_onnx(source, Path(work)), place, context.file_notes())
+        bound = None
         from edgekd.teachers import OnnxTeacher
 
         run, hop = OnnxTeacher(source).outputs, "file -> onnx"
@@ -50,7 +55,12 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
         load_weights(module, weights)
         module.eval()
         model = context.export(module, place)
+        bound = module_bound(module, inputs, context.iospec()) if context.toolchain.format is Format.TFLITE else None
         run, hop = TorchTeacher(module).outputs, context.toolchain.export_hop
+    if context.options.convert.max_transposes is not None:
+        bound = asked_bound(context.options.convert.max_transposes)
+    if bound is not None:
+        require_bound(model, bound, context.toolchain.exporter)
     reference = run(inputs)
     device = context.device_outputs(model, inputs)
     parity = context.hop(hop, reference, device, Precision.FP32)
@@ -59,8 +69,15 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
     return ConvertOut(
         artifact=model.record,
         parity=(parity,),
-        rows=(row(context, "convert", hop, "kept", f"parity on {parity.samples} real inputs", details={"opset": model.record.opset}),),
+        rows=(row(context, "convert", hop, "kept", f"parity on {parity.samples} real inputs", details=_facts(model)),),
     )
+
+
+def _facts(model: StoredArtifact) -> dict[str, float | int | str | bool]:
+    """What the ledger tells of the file's graph: the layout operators as counted, and what of batch norms was folded or left."""
+    told = model.record.metadata
+    counts = {name: int(told[name]) for name in ("layout_ops", "transposes", "batch_norms_folded", "batch_normalizations") if name in told}
+    return {"opset": model.record.opset, **counts}
 
 
 def _at_its_hop(context: Context, parity: HopParity, model: StoredArtifact, reference: Tensors, inputs: Tensors) -> HopParity:

@@ -60,7 +60,7 @@ def search_inputs(context: Context, facts: dict[str, Any], baseline: BaselineOut
 
 def convert_inputs(context: Context) -> dict[str, Any]:
     """For the convert stage."""
-    return {"parity": context.options.parity_samples}
+    return {"parity": context.options.parity_samples, "convert": context.options.convert}
 
 
 def quantize_inputs(context: Context) -> dict[str, Any]:

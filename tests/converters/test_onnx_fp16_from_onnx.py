@@ -19,7 +19,7 @@ from torch import nn
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, ModelError
-from edgekd.models.onnx_file import import_onnx
+from edgekd.models.onnx_artifact import import_onnx
 from edgekd.parity.compare import compare_hop
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.records import Precision

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from edgekd.errors import DataError, ModelError
+from edgekd.models.layout import LayoutOps, layout_ops
 from edgekd.models.tflite_artifact import annotate_tflite, fit_layouts, import_tflite, read_notes
 from edgekd.models.tflite_file import (
     depth_of,
     ensure_signature,
     iospec_of,
-    layout_ops,
     load_model,
+    named_ops,
     op_counts,
     pack_model,
     parse_model,
@@ -88,7 +89,7 @@ def test_a_file_is_read_into_operators_tensors_and_counts(file: Path) -> None:
     assert graph.outputs["y"].shape == (1, 2)
     assert [item.constant for item in graph.tensors] == [False, True, False, False, True]
     assert op_counts(model) == {"FULLY_CONNECTED": 1, "TRANSPOSE": 1}
-    assert layout_ops(op_counts(model)) == 1
+    assert layout_ops(named_ops(model)) == LayoutOps(moving=("t",), renaming=())
     assert depth_of(graph) == 1
     assert [item.name for item in graph.activations()] == ["x", "t", "y"]
     assert precision_of(graph) is Precision.FP32

@@ -70,7 +70,7 @@ def test_the_old_road_from_onnx_to_tflite_keeps_the_numbers(
     options = {**need("tensorflow"), **({"precision": precision} if precision else {})}
     made = convert("tflite-from-saved-model", request(saved, IMAGE, tmp_path, scheme=scheme, **options))
     assert made.record.iospec.inputs[0].shape == (1, 3, 8, 8)
-    assert int(made.record.metadata["layout_ops"]) > 0
+    assert int(made.record.metadata["transposes"]) > 0
     assert signal_to_error_db(legacy, made, IMAGE)["output"] > at_least_db
 
 

@@ -14,7 +14,7 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.conversion.environments import environment_python
 from edgekd.errors import ConfigError, ConversionRejected, MissingEnvironment, WorkerFailed
-from edgekd.models.onnx_file import import_onnx
+from edgekd.models.onnx_artifact import import_onnx
 from edgekd.records import Precision
 from edgekd.testing import ConverterContract
 from tests.contracts.tiny_models import TwoInputs, UNet, changed, export, exported_convnet, noise
@@ -64,7 +64,7 @@ def test_an_image_net_becomes_channel_last_in_every_precision(
     (image,), (output,) = made.record.iospec.inputs, made.record.iospec.outputs
     assert (image.shape, image.layout, image.dtype) == ((1, 16, 16, 3), "NHWC", "float32")
     assert (output.shape, output.layout, output.dtype) == ((1, 16, 16, 4), "NHWC", "float32")
-    assert made.record.metadata["layout_ops"] == "0"
+    assert made.record.metadata["transposes"] == "0"
     assert signal_to_error_db(unet, made, inputs)["output"] > at_least_db
 
 

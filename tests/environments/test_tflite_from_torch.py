@@ -77,7 +77,7 @@ def test_operators_are_named_after_their_modules_and_counted(made: dict[str, Sto
     counts = json.loads(record.metadata["op_counts"])
     assert counts["CONV_2D"] == 6
     assert "MUL" not in counts
-    assert int(record.metadata["layout_ops"]) == counts["TRANSPOSE"]
+    assert int(record.metadata["transposes"]) == counts["TRANSPOSE"]
     assert int(record.metadata["op_total"]) == sum(counts.values())
     assert record.iospec.inputs[0].layout == "NCHW"
 
@@ -100,7 +100,7 @@ def test_channel_last_takes_and_gives_nhwc_and_saves_transpositions(made: dict[s
     answer = _litert.host_infer(last, fit_layouts(inputs, spec, last.record.iospec))
     assert answer["output"].shape == (3, 8, 8, 4)
     np.testing.assert_allclose(fit_layouts(answer, last.record.iospec, spec)["output"], one_by_one(net(), inputs)["output"], atol=1e-4, rtol=0)
-    assert (last.record.metadata["layout_ops"], made["u-net"].record.metadata["layout_ops"]) == ("0", "2")
+    assert (last.record.metadata["transposes"], made["u-net"].record.metadata["transposes"]) == ("0", "2")
     assert json.loads(last.record.metadata["layouts"]) == {"image": "NHWC", "output": "NHWC"}
 
 
