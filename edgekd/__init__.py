@@ -29,6 +29,7 @@ _FACE = {
     "connect": "edgekd.target",
     "convert": "edgekd.conversion.convert",
     "gate": "edgekd.gating",
+    "preflight": "edgekd.operators.preflight",
     "validate": "edgekd.gating",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "connect",
     "convert",
     "gate",
+    "preflight",
     "validate",
 ]
 
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from edgekd.fleet import compress_for as compress_for
     from edgekd.gating import gate as gate
     from edgekd.gating import validate as validate
+    from edgekd.operators.preflight import preflight as preflight
     from edgekd.options import Options as Options
     from edgekd.pipeline import compress as compress
     from edgekd.records import Budget as Budget

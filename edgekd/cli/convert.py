@@ -78,7 +78,7 @@ def convert(
     from edgekd.conversion.inputs import source_format
     from edgekd.records import IOSpec
 
-    source: Any = _module(model) if _is_named(model) else Path(model)
+    source: Any = named_object(model) if _is_named(model) else Path(model)
     made = edgekd.convert(
         source,
         to_format or _to(out) or source_format(source),
@@ -175,8 +175,8 @@ def _plan(model: str, to: str | None, precision: str | None, via: tuple[str, ...
     return 0
 
 
-def _module(text: str) -> Any:
-    """The torch module called `module:name`, from the current folder or an installed package; a function is called without arguments."""
+def named_object(text: str) -> Any:
+    """The torch module, or other object, called `module:name`, from the current folder or an installed package; a function is called without arguments."""
     from edgekd.errors import ConfigError, near_names
 
     module_name, _, name = text.partition(":")

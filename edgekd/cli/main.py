@@ -23,6 +23,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("edgekd.cli.device:doctor", "Say what is installed, what is missing and which targets can be opened."),
     "env": ("edgekd.cli.env:env", "Make, list or remove the environments that some converters run in."),
     "gate": ("edgekd.cli.gate:gate", "Judge a bundle again on the device, for CI."),
+    "preflight": ("edgekd.cli.preflight:preflight", "Say which operators of students a target cannot run, before anything is trained."),
     "profile": ("edgekd.cli.device:profile", "Show target profiles and their fields."),
     "report": ("edgekd.cli.store:report", "Write a run's HTML report again and say where it is."),
     "runs": ("edgekd.cli.store:runs", "List the runs below a folder with their verdicts."),

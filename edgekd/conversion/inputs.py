@@ -149,19 +149,9 @@ def _described(path: Path, format: str, folder: Path, iospec: IOSpec | None) -> 
 
 def _module_spec(module: Any, example: Any, channel_last: bool) -> IOSpec:
     """The description of a module, from running it on the first sample of an example."""
-    from edgekd.teachers import TorchTeacher, forward_names
+    from edgekd.teachers import TorchTeacher
 
-    if example is None:
-        raise ConfigError("a torch module needs example inputs", hint="pass example=, one batch or more, batch first", subject="example")
-    names = forward_names(module)
-    if isinstance(example, (str, Path)):
-        found = _folder(Path(example), names)
-    else:
-        found = _named(example, names or ("input",), "example")
-        if names and sorted(names) == sorted(found):
-            found = {name: found[name] for name in names}
-    if not found or any(array.ndim == 0 or not len(array) for array in found.values()):
-        raise DataError("the example holds no sample", found={name: array.shape for name, array in found.items()}, hint="give one batch, batch first")
+    found = example_arrays(module, example)
     outputs = TorchTeacher(module).outputs({name: array[:1] for name, array in found.items()})
 
     def described(arrays: Mapping[str, Array]) -> tuple[TensorSpec, ...]:
@@ -171,6 +161,34 @@ def _module_spec(module: Any, example: Any, channel_last: bool) -> IOSpec:
         )
 
     return IOSpec(inputs=described(found), outputs=described(outputs), static_binding={"batch": 1})
+
+
+def example_arrays(module: Any, example: Any) -> dict[str, Array]:
+    """An example of a module's inputs by name, in the order of its arguments, at least one sample each.
+
+    `example` is an array, several in order, a mapping, or the path of a `.npy` file or of a folder of them.
+
+    Raises:
+        ConfigError: there is none. DataError: it cannot be read, has other inputs than the module, or holds no sample.
+    """
+    from edgekd.teachers import forward_names
+
+    if example is None:
+        raise ConfigError("a torch module needs example inputs", hint="pass example=, one batch or more, batch first", subject="example")
+    names = forward_names(module)
+    if isinstance(example, (str, Path)) and Path(example).suffix == ".npy":
+        from edgekd.npy import read_array
+
+        example = read_array(Path(example))
+    if isinstance(example, (str, Path)):
+        found = _folder(Path(example), names)
+    else:
+        found = _named(example, names or ("input",), "example")
+        if names and sorted(names) == sorted(found):
+            found = {name: found[name] for name in names}
+    if not found or any(array.ndim == 0 or not len(array) for array in found.values()):
+        raise DataError("the example holds no sample", found={name: array.shape for name, array in found.items()}, hint="give one batch, batch first")
+    return found
 
 
 def _folder(folder: Path, names: Sequence[str]) -> dict[str, Array]:

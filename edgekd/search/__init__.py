@@ -1,6 +1,6 @@
 """The search for students that meet a latency limit under a budget of measurements; free of torch and of targets."""
 
-from edgekd.search.candidates import Size, count_size, describe_candidates, make_candidates
+from edgekd.search.candidates import Size, Watch, count_size, describe_candidates, make_candidates
 from edgekd.search.certificate import Infeasible
 from edgekd.search.engine import MeasureBatch, search
 from edgekd.search.halving import HalvingOutcome, RungRow, pick_finalists, rank_by_training
@@ -22,6 +22,7 @@ __all__ = [
     "Seen",
     "Selection",
     "Size",
+    "Watch",
     "choice_features",
     "choose_passing",
     "count_size",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from edgekd.search.predictor import choice_features
 if TYPE_CHECKING:
     import torch
 
+Watch: TypeAlias = "Callable[[StudentSpec, torch.nn.Module], AbstractContextManager[object]]"
+"""What looks on while a candidate is run: entered around the one run of it, in evaluation mode."""
+
 
 class Size(NamedTuple):
     """Parameters, and multiply-accumulates of one inference of one sample."""
@@ -24,10 +28,10 @@ class Size(NamedTuple):
     macs: int
 
 
-def count_size(module: torch.nn.Module, example: Tensors) -> Size:
+def count_size(module: torch.nn.Module, example: Tensors, watch: AbstractContextManager[object] | None = None) -> Size:
     """The size of a module. Multiply-accumulates are those of matrix products and convolutions, as torch's own counter sees them.
 
-    `example` holds one batch per input, batch first, in the order of the module's arguments; one sample of it is run.
+    `example` holds one batch per input, batch first, in the order of the module's arguments; one sample of it is run, inside `watch`.
 
     Raises:
         Rejected: the module does not accept the example.
@@ -40,7 +44,7 @@ def count_size(module: torch.nn.Module, example: Tensors) -> Size:
     module.eval()
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), counter, watch or nullcontext():
             module(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         shapes = {name: tuple(value.shape) for name, value in example.items()}
@@ -50,18 +54,20 @@ def count_size(module: torch.nn.Module, example: Tensors) -> Size:
     return Size(sum(parameter.numel() for parameter in module.parameters()), int(counter.get_total_flops()) // 2)
 
 
-def describe_candidates(space: StudentSpace, example: Tensors, seed: int) -> tuple[tuple[Candidate, ...], dict[str, str]]:
+def describe_candidates(space: StudentSpace, example: Tensors, seed: int, watch: Watch | None = None) -> tuple[tuple[Candidate, ...], dict[str, str]]:
     """The candidates of a space, and the members that cannot be built: label -> reason.
 
     The capacity is the geometric mean of parameters and multiply-accumulates; the predictor sees the choices, both counts and
-    how far widths miss the multiples of 8 and 16. Every member is built once with untrained weights and thrown away.
+    how far widths miss the multiples of 8 and 16. Every member is built once with untrained weights and thrown away;
+    `watch` looks on while it is run.
     """
     specs: list[StudentSpec] = []
     sizes: list[Size] = []
     rejected: dict[str, str] = {}
     for spec in space.candidates(seed):
         try:
-            size = count_size(space.build(spec, seed), example)
+            module = space.build(spec, seed)
+            size = count_size(module, example, watch and watch(spec, module))
         except Rejected as error:
             rejected[spec.label()] = str(error)
         else:

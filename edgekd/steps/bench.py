@@ -7,10 +7,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgekd.artifact import StoredArtifact
-from edgekd.errors import ConversionRejected, Rejected, UnsupportedModel
+from edgekd.errors import ConversionRejected, Rejected
 from edgekd.measuring.measure import Screened
+from edgekd.operators.hop import Hop
+from edgekd.operators.preflight import SAMPLES, Watched, examine_sets
+from edgekd.operators.report import PreflightReport
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.quantize.recipes import timed_schemes
 from edgekd.quantize.workshop import Workshop
@@ -18,6 +22,9 @@ from edgekd.records import Artifact, Precision, Record, StudentSpec
 from edgekd.search import Candidate, Seen, describe_candidates
 from edgekd.steps.context import Context
 from edgekd.storage import folder_atomic
+
+if TYPE_CHECKING:
+    import torch
 
 _TIMING_SAMPLES = 4
 
@@ -52,13 +59,33 @@ class CandidateBench:
         """Candidates that compete in float alone, each with the reason why its int8 could not be made."""
         self._calls = 0
         self._measured: set[str] = set()
-        self._preflight_done = False
+        self._watched = Watched()
 
     def candidates(self) -> tuple[Candidate, ...]:
         """Every member of the space that can be built, with its size; the others are named in `unbuildable`."""
         example = self.context.validation.all(1).inputs
-        candidates, self.unbuildable = describe_candidates(self.context.space, example, self.context.seed)
+        candidates, self.unbuildable = describe_candidates(self.context.space, example, self.context.seed, self._watched)
         return candidates
+
+    def preflight(self, candidates: Sequence[Candidate]) -> PreflightReport:
+        """Which operator sets of these candidates the target runs: one real conversion for each, kept for the measurements; a resumed search has the answer."""
+        sets = self._watched.sets(candidates)
+        path = self.scratch / "preflight.json"
+        if path.is_file():
+            report = PreflightReport.load(path)
+            if [(item.key, item.members) for item in report.sets] == [(item.key, item.members) for item in sets]:
+                return report
+        context = self.context
+        report = examine_sets(
+            sets,
+            {candidate.label: candidate.spec for candidate in candidates},
+            build=lambda spec: context.space.build(spec, context.seed),
+            keep=lambda spec, module, _: self._float(spec, module),
+            hop=Hop(context.target, context.toolchain),
+            inputs=context.validation.all(SAMPLES).inputs,
+        )
+        report.save(path)
+        return report
 
     def measure(self, batch: Sequence[Candidate]) -> Mapping[str, Seen]:
         """What each candidate took; asked again, it is measured again."""
@@ -102,14 +129,7 @@ class CandidateBench:
     def _artifacts(self, spec: StudentSpec) -> dict[str, StoredArtifact]:
         """What a candidate is timed as: `fp32`, `int8` in the preferred scheme, and `int8` with the scheme's name for the others."""
         name = short_name(spec)
-        model = self._kept(f"{name}-fp32", lambda place: self.context.export(self.context.space.build(spec, self.context.seed), place))
-        if not self._preflight_done:
-            report = self.context.target.runtime.supports(model)
-            if not report.supported:
-                raise UnsupportedModel(
-                    "the target cannot run the candidate", found="; ".join(f"{op}: {why}" for op, why in report.missing.items()), subject=spec.label()
-                )
-            self._preflight_done = True
+        model = self._float(spec, None)
         out = {Precision.FP32.value: model} if self.context.wants(Precision.FP32) else {}
         if self.context.wants(Precision.INT8) and spec.label() not in self.float_only:
             try:
@@ -119,6 +139,14 @@ class CandidateBench:
                     raise
                 self.float_only[spec.label()] = f"int8 could not be made: {error}"
         return out
+
+    def _float(self, spec: StudentSpec, module: torch.nn.Module | None) -> StoredArtifact:
+        """A candidate's float file; `module` is the candidate, where it is built already."""
+
+        def make(place: Path) -> StoredArtifact:
+            return self.context.export(self.context.space.build(spec, self.context.seed) if module is None else module, place)
+
+        return self._kept(f"{short_name(spec)}-fp32", make)
 
     def _kept(self, name: str, make: Callable[[Path], StoredArtifact]) -> StoredArtifact:
         final = self.scratch / "candidates" / name

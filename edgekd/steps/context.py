@@ -17,10 +17,11 @@ from edgekd.data import Split
 from edgekd.errors import ModelError
 from edgekd.measuring.measure import Screened, Subject, screen
 from edgekd.models.notes import labels_text
+from edgekd.operators.hop import spec_of
 from edgekd.options import Options
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
 from edgekd.parity.graph import depth_told, output_ranges
-from edgekd.records import Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score, TensorSpec
+from edgekd.records import Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score
 from edgekd.stages import StageStore
 from edgekd.terms import own_code
 
@@ -76,9 +77,7 @@ class Context:
 
     def iospec(self) -> IOSpec:
         """The inputs that the data have, with the batch bound to 1; outputs are filled in by the converter."""
-        batch = self.validation.all(1)
-        inputs = tuple(TensorSpec(name=name, dtype=str(value.dtype), shape=(1, *value.shape[1:])) for name, value in batch.inputs.items())
-        return IOSpec(inputs=inputs, outputs=(TensorSpec(name="output", dtype="float32", shape=()),), static_binding={"batch": 1})
+        return spec_of(self.validation.all(1).inputs)
 
     def file_notes(self) -> dict[str, str]:
         """What is known here and goes into every file: the labels of the classes, where the task has them."""

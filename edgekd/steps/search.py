@@ -33,10 +33,10 @@ class SearchOut(Record, tag="edgekd.stage_search/1", frozen=True, kw_only=True):
 
 
 def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> SearchOut:
-    """Find students within the limit.
+    """Find students within the limit, among those whose operators the target runs.
 
     Raises:
-        ModelError: not a single candidate can be built and run on the target.
+        ModelError: not a single candidate can be built and run on the target; names the module, the operator and what to use instead.
     """
     specs = context.space.candidates(context.seed)
     if not specs:
@@ -48,15 +48,19 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
     candidates = bench.candidates()
     if not candidates:
         raise _nothing_runs(bench.unbuildable)
+    report = bench.preflight(candidates)
+    report.require_some()
+    context.note("search", report.summary())
+    refused = report.refused()
     outcome = search(
-        candidates,
+        [candidate for candidate in candidates if candidate.label not in refused],
         measure=bench.measure,
         limit_ms=baseline.limit_ms,
         options=context.options.search,
         seed=context.seed,
         progress=lambda text: context.note("search", text),
     )
-    rejected = {**bench.unbuildable, **outcome.rejected}
+    rejected = {**bench.unbuildable, **refused, **outcome.rejected}
     if len(rejected) >= len(specs):
         raise _nothing_runs(rejected)
     counts = {
@@ -66,7 +70,10 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
         "measurements": outcome.measurements,
         "rejected": len(rejected),
     }
-    rows = [row(context, "search", "candidates", "noted", outcome.summary(), details=dict(counts))]
+    rows = [
+        row(context, "search", "preflight", "noted", report.summary(), details=report.counts()),
+        row(context, "search", "candidates", "noted", outcome.summary(), details=dict(counts)),
+    ]
     if isinstance(context.space, Family) and (note := context.space.note(context.seed)):
         rows.append(row(context, "search", "space", "noted", note))
     rows.extend(row(context, "search", label, "noted", reason) for label, reason in sorted(bench.float_only.items()))
