@@ -136,8 +136,10 @@ class BenchmarkRequest:
     """Launches to run on the device, as one job: one fresh process for each label in `schedule`, in that order.
 
     `models` maps a label to its artifact; `inputs` maps a label to at least one sample per input, `(rotation, ...)` with the
-    sample axis first; each timed inference takes one sample with a batch axis of 1. `first_index` numbers the launches. Two requests with
-    different `nonce` are never the same job: a runtime that takes over the job of a killed host does so for an equal request only.
+    sample axis first; each timed inference takes one sample with a batch axis of 1. A model with state (`IOSpec.state`) is timed step by step: what an
+    output gives is the input of its pair at the next inference. It starts from the first sample given for that input, from zero where none is.
+    `first_index` numbers the launches. Two requests with different `nonce` are never the same job: a runtime that takes over the job of a killed
+    host does so for an equal request only.
     """
 
     models: Mapping[str, StoredArtifact]
@@ -189,6 +191,10 @@ class Runtime(Protocol):
         """Outputs for all samples, `(samples, ...)`, named as in the artifact's IOSpec, plus the tapped tensors by name.
 
         Samples run one by one with a batch axis of 1 where the artifact's batch is bound to 1.
+
+        A model with state: with all its states among `inputs` every sample is one step, as for any model. With none of them the inputs are
+        sequences `(samples, steps, ...)`: every sample starts from a state of zeros, and outputs (the states among them) and taps are
+        `(samples, steps, ...)`. Some of them without the others are a `DataError`.
         """
         ...
 

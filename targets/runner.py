@@ -11,7 +11,7 @@ there may be a `busy` line (another benchmark holds the device) or an `error` li
 `run` or `launch` (a launch's process died). The last line is `done` after a whole answer only.
 
 Clocks, all `time.perf_counter_ns`: `init_ns` runs from the start of session creation to a ready session (the import of the runtime
-is not in it), `first_ns` is the first inference, `samples_ns` are whole inferences with host buffers in and out. The garbage
+is not in it), `first_ns` is the first inference, `samples_ns` are whole inferences with host buffers in and out, state among them. The garbage
 collector is off while they are taken. `cpu_share` is the process's CPU time over wall time of the timed loop and over the number of
 threads; with several threads the serial parts of a graph would lower it on an idle machine too, so that the share of the calling
 thread, which works in every part, counts if it is larger. `steal_share` of the state after a launch covers the launch.
@@ -251,6 +251,14 @@ def make_feeds(inputs: list[tuple[str, list[Any]]], arrays: dict[str, Any]) -> t
     return feeds, batch, samples
 
 
+def fed_back(state: dict[str, str], outputs: list[str]) -> list[tuple[str, int]]:
+    """The inputs in a job's `state`, each with the place in `outputs` of what it is at the next inference; handing an array on copies nothing."""
+    missing = sorted(set(state.values()) - set(outputs))
+    if missing:
+        raise JobError("run", f"the model has no output {missing} to feed back; it has {outputs}")
+    return [(name, outputs.index(output)) for name, output in state.items()]
+
+
 def load_arrays(paths: dict[str, str]) -> dict[str, Any]:
     """The arrays in `.npy` files; nothing is unpickled."""
     import numpy
@@ -294,13 +302,16 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
     load_model(backend, job["model"])
     init_ns = clock() - begin
     feeds, _, _ = make_feeds(backend.inputs, arrays)
-    run = backend.run
+    run, places = backend.run, fed_back(job.get("state", {}), backend.outputs)
+    held: dict[str, Any] = {}
 
     def step(index: int) -> int:
-        feed = feeds[index % len(feeds)]
+        feed = dict(feeds[index % len(feeds)], **held) if held else feeds[index % len(feeds)]
         start = clock()
-        run(None, feed)
-        return clock() - start
+        values = run(None, feed)
+        spent = clock() - start
+        held.update([(name, values[place]) for name, place in places])
+        return spent
 
     first_ns = step(0)
     runs, warm_s, drift = warm_up(step, protocol)
@@ -311,11 +322,8 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
     begin = end = clock()
     stop_min, stop_max = begin + int(protocol["min_time_s"] * 1e9), begin + int(protocol["max_time_s"] * 1e9)
     while end < stop_max and (end < stop_min or len(samples) < protocol["min_samples"]):
-        feed = feeds[len(samples) % len(feeds)]
-        start = clock()
-        run(None, feed)
+        samples.append(step(len(samples)))
         end = clock()
-        samples.append(end - start)
     wall = max(1e-9, (end - begin) / 1e9)
     share = max((time.process_time() - process) / (wall * job["threads"]), (time.thread_time() - thread) / wall)
     switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
@@ -387,19 +395,26 @@ def run_benchmark(job: dict[str, Any], folder: str) -> bool:
 
 
 def run_infer(job: dict[str, Any], folder: str) -> bool:
-    """All samples through one session; outputs, the first axis holding the samples, as `.npy` in the job's folder."""
+    """All samples through one session; outputs, the first axis holding the samples, as `.npy` in the job's folder.
+
+    With `state`, each `steps` samples are one sequence: the first starts from the arrays of the state, the others from what the step before gave.
+    """
     import numpy
 
     backend = load_model(open_backend(job), job["model"])
     unknown = [name for name in job["outputs"] if name not in backend.outputs]
     if unknown:
         raise JobError("run", f"the model has no output {unknown}; it has {backend.outputs}")
-    arrays = load_arrays(job["inputs"])
+    arrays, state, steps = load_arrays(job["inputs"]), job.get("state", {}), job.get("steps", 1)
+    arrays.update({name: numpy.repeat(arrays[name][:1], max(map(len, arrays.values())), axis=0) for name in state})
     feeds, batch, samples = make_feeds(backend.inputs, arrays)
+    places, held = fed_back(state, job["outputs"]), {}
     batched = any(len(shape) == arrays[name].ndim for name, shape in backend.inputs)
     parts: dict[str, list[Any]] = {name: [] for name in job["outputs"]}
-    for feed in feeds:
-        for name, value in zip(job["outputs"], backend.run(job["outputs"], feed)):
+    for index, feed in enumerate(feeds):
+        values = backend.run(job["outputs"], dict(feed, **held) if index % steps else feed)
+        held = {name: values[place] for name, place in places}
+        for name, value in zip(job["outputs"], values):
             if not isinstance(value, numpy.ndarray) or value.dtype.hasobject:
                 raise JobError("run", f"output {name} is no tensor of numbers")
             whole = batched and value.ndim > 0 and value.shape[0] == batch

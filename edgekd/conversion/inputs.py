@@ -52,7 +52,7 @@ class Source:
             from edgekd.npy import load_inputs
 
             return load_inputs(Path(given), self.iospec)
-        found = _named(given, names, what)
+        found = named_arrays(given, names, what)
         if sorted(found) != sorted(names):
             raise DataError(f"the {what} has other inputs than the model", found=sorted(found), allowed=sorted(names), subject=what)
         out = {spec.name: _fitting(found[spec.name], spec, what) for spec in self.iospec.inputs}
@@ -97,14 +97,16 @@ _ALLOWED = "a torch module, .onnx, .tflite, .keras, a folder with saved_model.pb
 def open_source(model: Any, format: str, folder: Path, iospec: IOSpec | None, example: Any, *, channel_last: bool = False) -> Source:
     """The model ready for the first hop; files are copied to `folder`, and a batch axis of an ONNX file is bound to 1.
 
-    A module is described by `iospec`, or by `example`, of which the first sample is run. With `channel_last` its tensors of rank 4 are
-    taken to be NCHW.
+    A module is described by `iospec`, by an attribute of that name (a streaming cell has one), or by `example`, of which the first
+    sample is run. With `channel_last` its tensors of rank 4 are taken to be NCHW.
 
     Raises:
         ModelError: the file cannot be read. ConfigError: a description is missing, or contradicts what the file tells.
     """
     if format == TORCH:
-        return Source(format, iospec or _module_spec(model, example, channel_last), module=model)
+        told = getattr(model, "iospec", None)
+        described = iospec or (told if isinstance(told, IOSpec) else None)
+        return Source(format, described or _module_spec(model, example, channel_last), module=model)
     if isinstance(model, StoredArtifact):
         model.verify()
         return Source(format, model.record.iospec, artifact=model)
@@ -183,7 +185,7 @@ def example_arrays(module: Any, example: Any) -> dict[str, Array]:
     if isinstance(example, (str, Path)):
         found = _folder(Path(example), names)
     else:
-        found = _named(example, names or ("input",), "example")
+        found = named_arrays(example, names or ("input",), "example")
         if names and sorted(names) == sorted(found):
             found = {name: found[name] for name in names}
     if not found or any(array.ndim == 0 or not len(array) for array in found.values()):
@@ -203,7 +205,7 @@ def _folder(folder: Path, names: Sequence[str]) -> dict[str, Array]:
     return {name: read_array(path) for name, path in paths.items()}
 
 
-def _named(given: Any, names: Sequence[str], what: str) -> dict[str, Array]:
+def named_arrays(given: Any, names: Sequence[str], what: str) -> dict[str, Array]:
     """Arrays by name from one array or tensor, several in order, or a mapping."""
     if isinstance(given, Mapping):
         return {str(name): _array(value) for name, value in given.items()}

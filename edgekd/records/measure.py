@@ -131,7 +131,8 @@ class Capabilities(Record, tag="edgekd.capabilities/1", frozen=True, kw_only=Tru
     """What a runtime on a device can do; known at connect, before anything is trained.
 
     `schemes` are quantization schemes in the order of preference on this device; `channel_steps` are widths at which
-    kernels are full, per precision. `proven_on_hardware` is set at connect, from the profile's `proven_on` and the device's fingerprint.
+    kernels are full, per precision. `state` says that it feeds the state of a model back, see `contracts.Runtime`.
+    `proven_on_hardware` is set at connect, from the profile's `proven_on` and the device's fingerprint.
     """
 
     formats: tuple[Format, ...]
@@ -142,6 +143,7 @@ class Capabilities(Record, tag="edgekd.capabilities/1", frozen=True, kw_only=Tru
     clocks: tuple[Clock, ...] = (Clock.END_TO_END, Clock.INIT, Clock.FIRST)
     taps: bool = False
     op_times: bool = False
+    state: bool = False
     simulated: str = ""
     proven_on_hardware: bool = False
 

@@ -86,6 +86,43 @@ class IOSpec(Record, tag="edgekd.io/1", frozen=True, kw_only=True):
                 raise ModelError(f"a model without any {kind} cannot be deployed")
             if len(set(names)) != len(names):
                 raise ModelError(f"two {kind}s share a name", found=names, hint=f"give every {kind} its own name")
+        self._check_state()
+
+    @property
+    def state_inputs(self) -> tuple[str, ...]:
+        """The inputs that hold state, in the order of the inputs."""
+        held = {pair.input for pair in self.state}
+        return tuple(tensor.name for tensor in self.inputs if tensor.name in held)
+
+    @property
+    def step_inputs(self) -> tuple[str, ...]:
+        """The inputs that whoever runs the model gives at every step: all that hold no state, in order."""
+        held = {pair.input for pair in self.state}
+        return tuple(tensor.name for tensor in self.inputs if tensor.name not in held)
+
+    def _check_state(self) -> None:
+        inputs, outputs = {tensor.name: tensor for tensor in self.inputs}, {tensor.name: tensor for tensor in self.outputs}
+        for pair in self.state:
+            if pair.input not in inputs or pair.output not in outputs:
+                raise ModelError(
+                    f"the state {pair.input!r} joins an output and an input that the model does not both have",
+                    found=f"{pair.output} -> {pair.input}",
+                    allowed=f"outputs {', '.join(outputs)}; inputs {', '.join(inputs)}",
+                    subject=pair.input,
+                )
+            fed, given = inputs[pair.input], outputs[pair.output]
+            sizes = [(one, other) for one, other in zip(fed.shape, given.shape, strict=False) if isinstance(one, int) and isinstance(other, int)]
+            if fed.dtype != given.dtype or len(fed.shape) != len(given.shape) or any(one != other for one, other in sizes):
+                raise ModelError(
+                    f"the state {pair.input!r} is fed back from an output that does not fit it",
+                    found=f"{pair.output}: {given.dtype} {given.shape}",
+                    allowed=f"{fed.dtype} {fed.shape}",
+                    subject=pair.input,
+                )
+        if len({pair.input for pair in self.state}) != len(self.state):
+            raise ModelError("one input is fed back from two outputs", found=[pair.input for pair in self.state], subject=self.state[0].input)
+        if self.state and not self.step_inputs:
+            raise ModelError("every input of the model is a state, so that nothing is given at a step", found=[pair.input for pair in self.state])
 
 
 class Artifact(Record, tag="edgekd.artifact/1", frozen=True, kw_only=True):

@@ -6,8 +6,19 @@ import pytest
 pytest.register_assert_rewrite("edgekd.testing.transports", "edgekd.testing.runtimes", "edgekd.testing.converters")
 
 from edgekd.testing.converters import ConverterContract
-from edgekd.testing.models import two_headed, two_headed_outputs, two_inputs
+from edgekd.testing.models import remembering, remembering_outputs, remembering_sequences, two_headed, two_headed_outputs, two_inputs
 from edgekd.testing.runtimes import QUICK_PROTOCOL, RuntimeContract
 from edgekd.testing.transports import TransportContract
 
-__all__ = ["ConverterContract", "QUICK_PROTOCOL", "RuntimeContract", "TransportContract", "two_headed", "two_headed_outputs", "two_inputs"]
+__all__ = [
+    "ConverterContract",
+    "QUICK_PROTOCOL",
+    "RuntimeContract",
+    "TransportContract",
+    "remembering",
+    "remembering_outputs",
+    "remembering_sequences",
+    "two_headed",
+    "two_headed_outputs",
+    "two_inputs",
+]

@@ -12,7 +12,7 @@ from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import BenchmarkRequest, Runtime
 from edgekd.errors import DataError, EdgekdError, ModelError
 from edgekd.records import Capabilities, Fingerprint, LaunchProtocol, Precision, Snapshot
-from edgekd.testing.models import two_headed, two_headed_outputs, two_inputs
+from edgekd.testing.models import remembering, remembering_outputs, remembering_sequences, two_headed, two_headed_outputs, two_inputs
 
 QUICK_PROTOCOL = LaunchProtocol(warmup_min_s=0.0, warmup_max_s=0.05, warmup_drift=0.5, min_samples=40, min_time_s=0.0, max_time_s=2.0, rotation=3)
 """Launches as short as they can be: what they measure says nothing."""
@@ -21,7 +21,7 @@ QUICK_PROTOCOL = LaunchProtocol(warmup_min_s=0.0, warmup_max_s=0.05, warmup_drif
 class RuntimeContract:
     """Subclass it as `TestMyRuntime` and write `make`; the tests come with it.
 
-    `rtol` is the tolerance of outputs, relative and absolute. A runtime that takes another format than ONNX overrides `model` too.
+    `rtol` is the tolerance of outputs, relative and absolute. A runtime that takes another format than ONNX overrides `model` and `stateful` too.
     """
 
     rtol = 1e-5
@@ -33,6 +33,10 @@ class RuntimeContract:
     def model(self, folder: Path, batch: int | str = "batch") -> StoredArtifact:
         """The two-headed model in a format that the runtime takes."""
         return two_headed(folder, batch)
+
+    def stateful(self, folder: Path, batch: int | str = "batch") -> StoredArtifact:
+        """The remembering model in a format that the runtime takes."""
+        return remembering(folder, batch)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -108,6 +112,39 @@ class RuntimeContract:
     def test_infer_refuses_missing_input(self, runtime: Runtime, tmp_path: Path) -> None:
         with pytest.raises((DataError, ModelError), match="b"):
             runtime.infer(self.model(tmp_path / "model"), {"a": two_inputs(2)["a"]})
+
+    @pytest.mark.parametrize("batch", ["batch", 1])
+    def test_infer_feeds_the_state_of_sequences_back_from_zero(self, runtime: Runtime, tmp_path: Path, batch: int | str) -> None:
+        model, inputs = self._stateful(runtime, tmp_path, batch), remembering_sequences(4, 5)
+        outputs = runtime.infer(model, inputs)
+        assert list(outputs) == ["total", "memory.next"]
+        for name, value in remembering_outputs(inputs).items():
+            np.testing.assert_allclose(outputs[name], value, rtol=self.rtol, atol=self.rtol)
+
+    def test_infer_with_states_takes_one_step(self, runtime: Runtime, tmp_path: Path) -> None:
+        model, inputs = self._stateful(runtime, tmp_path), remembering_sequences(4, 2)
+        expected = remembering_outputs(inputs)
+        outputs = runtime.infer(model, {"x": inputs["x"][:, 1], "memory": expected["memory.next"][:, 0]})
+        for name, value in expected.items():
+            np.testing.assert_allclose(outputs[name], value[:, 1], rtol=self.rtol, atol=self.rtol)
+
+    def test_infer_refuses_one_step_without_its_state(self, runtime: Runtime, tmp_path: Path) -> None:
+        model = self._stateful(runtime, tmp_path)
+        with pytest.raises(DataError, match="memory") as refused:
+            runtime.infer(model, {"x": remembering_sequences(4, 1)["x"][:, 0]})
+        assert refused.value.subject == "x"
+
+    @pytest.mark.parametrize("given", [False, True])
+    def test_benchmark_steps_a_model_with_state(self, runtime: Runtime, tmp_path: Path, given: bool) -> None:
+        model, steps = self._stateful(runtime, tmp_path), {"x": remembering_sequences(3, 1)["x"][:, 0]}
+        inputs = {**steps, "memory": np.ones((3, 3), np.float32)} if given else steps
+        (launch,) = runtime.benchmark(BenchmarkRequest(models={"x": model}, schedule=("x",), inputs={"x": inputs}, protocol=QUICK_PROTOCOL))
+        assert len(launch.samples_ns) >= QUICK_PROTOCOL.min_samples or launch.summary_ns
+
+    def _stateful(self, runtime: Runtime, tmp_path: Path, batch: int | str = "batch") -> StoredArtifact:
+        if not runtime.capabilities().state:
+            pytest.skip("this runtime does not feed a state back")
+        return self.stateful(tmp_path / "stateful", batch)
 
     def test_supports_is_true_for_model_and_false_for_garbage(self, runtime: Runtime, tmp_path: Path) -> None:
         model = self.model(tmp_path / "model")

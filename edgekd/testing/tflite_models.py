@@ -13,7 +13,7 @@ from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array
 from edgekd.errors import MissingDependency
 from edgekd.records import Format, IOSpec, Precision, TensorSpec
-from edgekd.testing.models import two_headed_weights
+from edgekd.testing.models import remembering_iospec, remembering_weight, two_headed_weights
 
 SIGNATURE = "serving_default"
 """The key of the one signature in these files."""
@@ -148,3 +148,11 @@ def two_headed_tflite(folder: Path, batch: int | str = "batch", *, signature: bo
 
     data = hand_made(tensors, ops, ("a", "b"), ("heads.gate", "heads.total"), signature=signature)
     return store_hand_made(folder, data, IOSpec(inputs=(tensor("a", 4), tensor("b", 2)), outputs=(tensor("heads.total"), tensor("heads.gate", 3))))
+
+
+def remembering_tflite(folder: Path, batch: int | str = "batch") -> StoredArtifact:
+    """The model of `remembering` as a TFLite file in `folder`, with the same names, weight and IOSpec. Needs ai-edge-litert."""
+    tensors = [HandTensor(name, (batch, 3)) for name in ("x", "memory", "total", "memory.next")]
+    tensors.append(HandTensor("fading", (3, 3), data=remembering_weight().T))
+    ops = [HandOp("ADD", ("x", "memory"), ("total",)), HandOp("FULLY_CONNECTED", ("total", "fading"), ("memory.next",))]
+    return store_hand_made(folder, hand_made(tensors, ops, ("x", "memory"), ("total", "memory.next")), remembering_iospec(batch))

@@ -222,7 +222,14 @@ class RunnerJobs:
         deadline = time.monotonic() + job_deadline_s(request.protocol, len(request.schedule), lock_wait_s)
 
         def start(name: str) -> None:
-            models = {label: {"model": self.send_model(request.models[label]), "inputs": self.send_tensors(f"work/{name}", rotated[label])} for label in labels}
+            models = {
+                label: {
+                    "model": self.send_model(request.models[label]),
+                    "inputs": self.send_tensors(f"work/{name}", rotated[label]),
+                    "state": fed_back(request.models[label]),
+                }
+                for label in labels
+            }
             self._send(json.dumps({**fields, "models": models}, sort_keys=True).encode(), f"work/{name}/job.json")
             self.transport.start(name, [device_python(self.profile), self._runner, f"work/{name}/job.json"])
 
@@ -295,6 +302,11 @@ class RunnerJobs:
             lines = self.call("probe", work, _START_S, tidy={"models": _MODELS_CAP_MB, "work": 0.0})
         found = {line["kind"]: line for line in lines}
         return found["fingerprint"]["fields"], found["snapshot"]["snapshot"]
+
+
+def fed_back(model: StoredArtifact) -> dict[str, str]:
+    """The inputs that hold state, each with the output that it is at the next step."""
+    return {pair.input: pair.output for pair in model.record.iospec.state}
 
 
 def _request_hash(fields: Mapping[str, object], request: BenchmarkRequest, rotated: Mapping[str, Tensors], labels: Sequence[str]) -> str:

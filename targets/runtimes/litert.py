@@ -10,7 +10,8 @@ from edgekd.contracts import Array, Tensors
 from edgekd.errors import UnsupportedModel
 from edgekd.records import Capabilities, Format, OpTime, Precision
 
-from ._models import fitting, output_names
+from ._job import fed_back
+from ._models import in_sequence, out_of_sequence, output_names
 from ._on_runner import SAMPLE_S, SHORT_S, OnRunner
 
 
@@ -43,6 +44,7 @@ class LiteRt(OnRunner):
             channel_steps={"int8": 16, "fp32": 16} if measured else {},
             taps=True,
             op_times=False,
+            state=True,
         )
 
     def support_note(self, found: Mapping[str, Any]) -> str:
@@ -62,17 +64,18 @@ class LiteRt(OnRunner):
             DataError: an input is missing, is not numeric, or the numbers of samples differ.
             UnsupportedModel: the device's package does not load the model, or is known to compute it wrongly.
         """
-        tensors, names = fitting(model, inputs), output_names(model, taps)
-        samples = len(next(iter(tensors.values())))
+        (tensors, steps), names = in_sequence(model, inputs), output_names(model, taps)
+        samples = max(map(len, tensors.values()))
         with self._jobs.folder("infer") as work:
-            fields = {
+            fields: dict[str, object] = {
                 "model": self._jobs.send_model(model),
                 "inputs": self._jobs.send_tensors(work, tensors),
                 "outputs": names,
                 "taps": names[len(model.record.iospec.outputs) :],
             }
+            fields |= {"state": fed_back(model), "steps": steps} if steps else {}
             line = self._jobs.call("infer", work, SHORT_S + samples * SAMPLE_S, **fields)[0]
-            return {name: self._jobs.fetch(line["files"][name]) for name in names}
+            return out_of_sequence({name: self._jobs.fetch(line["files"][name]) for name in names}, steps)
 
     def op_times(self, model: StoredArtifact, inputs: Tensors, runs: int = 50) -> tuple[OpTime, ...]:
         """There are none.

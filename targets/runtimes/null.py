@@ -18,7 +18,7 @@ from edgekd.errors import DataError, MissingDependency, ModelError, ProfileError
 from edgekd.records import Capabilities, Clock, Fingerprint, Format, Launch, OpTime, Precision, Profile, Snapshot, SupportReport
 from edgekd.storage import sha256_bytes
 
-from ._models import compared_names, fitting, fitting_request, output_names, refused_record, tap
+from ._models import compared_names, fitting_request, in_sequence, out_of_sequence, output_names, refused_record, tap, with_state
 from .null_costs import CHANNEL_STEPS, FORMULA_VERSION, GraphCost, graph_cost
 
 _OPTIONS: dict[str, tuple[float, str]] = {
@@ -90,6 +90,7 @@ class NullRuntime:
             clocks=(Clock.END_TO_END, Clock.INIT, Clock.FIRST),
             taps=True,
             op_times=True,
+            state=True,
             simulated="null",
         )
 
@@ -156,27 +157,32 @@ class NullRuntime:
             ModelError: a tap is no tensor of the graph, or the model does not run with these inputs.
             UnsupportedModel: ONNX Runtime refuses the model.
         """
-        feeds = fitting(model, inputs)
+        feeds, steps = in_sequence(model, inputs)
         session = self._session(model, tuple(taps))
         names = output_names(model, taps)
         fixed = {shape[0] for item in model.record.iospec.inputs if (shape := item.shape)}
         chunk = max((size for size in fixed if isinstance(size, int)), default=1)
-        samples = len(next(iter(feeds.values())))
+        samples = max(map(len, feeds.values()))
         if samples % chunk:
             raise DataError(
                 "the samples do not fill the model's batches", found=samples, allowed=f"a multiple of the batch {chunk}", subject=model.record.entry
             )
         parts: dict[str, list[Array]] = {name: [] for name in names}
+        pairs = {pair.input: pair.output for pair in model.record.iospec.state} if steps else {}
+        held: dict[str, Array] = {}
         for start in range(0, samples, chunk):
-            feed = {name: value[start : start + chunk] for name, value in feeds.items()}
-            for name, value in zip(names, _run(session, names, feed), strict=True):
-                part = np.asarray(value)
+            if not steps or start % steps == 0:
+                held = {name: feeds[name] for name in pairs}
+            feed = {name: value[start : start + chunk] for name, value in feeds.items() if name not in pairs} | held
+            found = dict(zip(names, map(np.asarray, _run(session, names, feed)), strict=True))
+            held = {name: found[output] for name, output in pairs.items()}
+            for name, part in found.items():
                 parts[name].append(part if part.ndim and part.shape[0] == chunk else part[None])
-        return {name: np.concatenate(items) for name, items in parts.items()}
+        return out_of_sequence({name: np.concatenate(items) for name, items in parts.items()}, steps)
 
     def op_times(self, model: StoredArtifact, inputs: Tensors, runs: int = 50) -> tuple[OpTime, ...]:
         """The formula's time of every operator that runs, in the order of the graph."""
-        fitting(model, inputs)
+        with_state(model, inputs)
         times = [(node, round(node.time_ns / self._option("speed"))) for node in self._cost(model).nodes]
         whole = sum(time_ns for _, time_ns in times) or 1
         return tuple(OpTime(name=node.name, op_type=node.op_type, time_ns=time_ns, share=time_ns / whole, provider="null") for node, time_ns in times)

@@ -12,7 +12,8 @@ from edgekd.contracts import Array, Tensors
 from edgekd.errors import MissingDependency
 from edgekd.records import Capabilities, Format, OpTime, Precision
 
-from ._models import fitting, output_names, tap
+from ._job import fed_back
+from ._models import in_sequence, out_of_sequence, output_names, tap, with_state
 from ._on_runner import SAMPLE_S, SHORT_S, OnRunner
 
 
@@ -53,6 +54,7 @@ class OnnxRuntime(OnRunner):
             channel_steps={"int8": 16, "fp32": 16 if "avx512" in isa else 8},
             taps=True,
             op_times=True,
+            state=True,
         )
 
     def infer(self, model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:
@@ -66,14 +68,15 @@ class OnnxRuntime(OnRunner):
             ModelError: a tap or an output is no tensor of the graph, or the model does not run with these inputs.
             DataError: an input is missing, is not numeric, or the numbers of samples differ.
         """
-        tensors, names = fitting(model, inputs), output_names(model, taps)
-        samples = len(next(iter(tensors.values())))
+        (tensors, steps), names = in_sequence(model, inputs), output_names(model, taps)
+        samples = max(map(len, tensors.values()))
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder, self._jobs.folder("infer") as work:
             inner = names[len(model.record.iospec.outputs) :]
             ready = tapped_model(model, inner, Path(folder)) if inner else model
-            fields = {"model": self._jobs.send_model(ready), "inputs": self._jobs.send_tensors(work, tensors), "outputs": names}
+            fields: dict[str, object] = {"model": self._jobs.send_model(ready), "inputs": self._jobs.send_tensors(work, tensors), "outputs": names}
+            fields |= {"state": fed_back(model), "steps": steps} if steps else {}
             line = self._jobs.call("infer", work, SHORT_S + samples * SAMPLE_S, **fields)[0]
-            return {name: self._jobs.fetch(line["files"][name]) for name in names}
+            return out_of_sequence({name: self._jobs.fetch(line["files"][name]) for name in names}, steps)
 
     def op_times(self, model: StoredArtifact, inputs: Tensors, runs: int = 50) -> tuple[OpTime, ...]:
         """Median time per operator in execution order, after ONNX Runtime's fusions, as its profiler tells.
@@ -81,7 +84,7 @@ class OnnxRuntime(OnRunner):
         The profiler counts whole microseconds and slows the model down by a tenth or more: use the shares, not the sum.
         """
         with self._jobs.folder("op_times") as work:
-            fields = {"model": self._jobs.send_model(model), "inputs": self._jobs.send_tensors(work, fitting(model, inputs)), "runs": runs}
+            fields = {"model": self._jobs.send_model(model), "inputs": self._jobs.send_tensors(work, with_state(model, inputs)), "runs": runs}
             ops = self._jobs.call("op_times", work, SHORT_S + runs * SAMPLE_S, **fields)[0]["ops"]
         total = sum(op["time_ns"] for op in ops) or 1
         return tuple(OpTime(share=op["time_ns"] / total, **op) for op in ops)

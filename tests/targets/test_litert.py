@@ -20,7 +20,7 @@ from edgekd.records import Format, IOSpec, Precision, Profile, RuntimeConfig, Te
 from edgekd.settings.profile_file import load_profile
 from edgekd.target import connect
 from edgekd.testing import RuntimeContract, TransportContract, two_headed_outputs, two_inputs
-from edgekd.testing.tflite_models import HandOp, HandTensor, hand_made, store_hand_made, two_headed_tflite
+from edgekd.testing.tflite_models import HandOp, HandTensor, hand_made, remembering_tflite, store_hand_made, two_headed_tflite
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +84,9 @@ class TestLiteRt(RuntimeContract):
 
     def model(self, folder: Path, batch: int | str = "batch") -> StoredArtifact:
         return two_headed_tflite(folder, batch)
+
+    def stateful(self, folder: Path, batch: int | str = "batch") -> StoredArtifact:
+        return remembering_tflite(folder, batch)
 
 
 class TestItsTransport(TransportContract):

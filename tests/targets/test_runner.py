@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import runpy
@@ -350,3 +351,68 @@ def test_launches_are_fresh_processes_with_raw_samples(tmp_path: Path) -> None:
         assert len(line["launch"]["samples_ns"]) == PROTOCOL["min_samples"]
         assert all(isinstance(sample, int) for sample in line["launch"]["samples_ns"])
     assert lines[0]["launch"]["init_ns"] != lines[1]["launch"]["init_ns"]
+
+
+# ---- state
+
+REMEMBERS = '''
+import json
+import numpy
+
+
+class Backend:
+    """A library whose model adds x to what it remembers, and writes down what it was given to remember."""
+
+    version, errors = "1", (RuntimeError,)
+
+    def __init__(self, job):
+        self.seen = job["options"]["seen"]
+
+    def load(self, model, profile_prefix=None):
+        self.inputs, self.outputs = [("x", [1, 1]), ("memory", [1, 1])], ["total", "memory.next"]
+
+    def run(self, names, feed):
+        with open(self.seen, "a") as stream:
+            stream.write(json.dumps([float(feed["x"][0, 0]), float(feed["memory"][0, 0])]) + "\\n")
+        total = feed["x"] + feed["memory"]
+        return [total, total % 97.0]
+'''
+
+
+def remembering_job(tmp_path: Path, kind: str, **fields: Any) -> list[str]:
+    """The command line of a job on a library of its own beside a copy of the runner."""
+    shutil.copy(RUNNER, tmp_path / "runner.py")
+    (tmp_path / "runner_remembers.py").write_text(REMEMBERS)
+    paths = {}
+    for name, value in {"x": np.arange(1.0, 7.0).reshape(6, 1), "memory": np.full((1 if kind == "infer" else 6, 1), 10.0)}.items():
+        paths[name] = str(tmp_path / f"{name}.npy")
+        np.save(paths[name], value, allow_pickle=False)
+    model = {"model": "model", "inputs": paths, "state": {"memory": "memory.next"}}
+    job = {"kind": kind, "backend": "remembers", "threads": 1, "options": {"seen": str(tmp_path / "seen")}, **(model if kind == "infer" else {}), **fields}
+    if kind == "benchmark":
+        job |= {"protocol": PROTOCOL, "lock": str(tmp_path / "lock"), "lock_wait_s": 0.0, "launch_limit_s": 30.0, "first_index": 0}
+        job |= {"schedule": ["x"], "models": {"x": {**model, **fields}}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    return [sys.executable, str(tmp_path / "runner.py"), str(tmp_path / "job.json")]
+
+
+def test_launch_feeds_the_state_back_over_all_its_inferences(tmp_path: Path) -> None:
+    assert [line["kind"] for line in lines_of(remembering_job(tmp_path, "benchmark"))] == ["launch", "done"]
+    seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    assert len(seen) > PROTOCOL["min_samples"]
+    assert seen[0] == [1.0, 10.0]
+    assert all(after[1] == (before[0] + before[1]) % 97.0 for before, after in itertools.pairwise(seen))
+    assert {x for x, _ in seen} == {1.0, 2.0, 3.0, 4.0, 5.0, 6.0}
+
+
+def test_infer_starts_every_sequence_from_the_given_state(tmp_path: Path) -> None:
+    lines = lines_of(remembering_job(tmp_path, "infer", outputs=["total", "memory.next"], steps=3))
+    assert [line["kind"] for line in lines] == ["outputs", "done"]
+    np.testing.assert_array_equal(np.load(lines[0]["files"]["total"]).ravel(), [11.0, 13.0, 16.0, 14.0, 19.0, 25.0])
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("benchmark", {"state": {"memory": "gone"}}), ("infer", {"outputs": ["total"], "steps": 3})])
+def test_a_state_without_its_output_is_an_error_that_names_it(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    (line,) = lines_of(remembering_job(tmp_path, kind, **fields))
+    assert (line["kind"], line["phase"]) == ("error", "run")
+    assert ("gone" if kind == "benchmark" else "memory.next") in line["message"]
