@@ -11,8 +11,8 @@ import numpy as np
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConversionRejected, DataError, MissingDependency, ModelError
-from edgekd.models.onnx_file import BATCH, PROTO_LIMIT, depth_of, iospec_of, opset_of, require_onnx, write_model
-from edgekd.records import Format, IOSpec, Precision
+from edgekd.models.onnx_file import BATCH, PROTO_LIMIT, depth_of, iospec_of, opset_of, precision_of, require_onnx, write_model
+from edgekd.records import Format, IOSpec
 from edgekd.tree import flatten_outputs
 
 from ._onnx_io import last_message, versions
@@ -114,7 +114,7 @@ def store_exported(
     producers: Sequence[str],
     metadata: Mapping[str, str],
 ) -> StoredArtifact:
-    """The file `model.onnx` in the request's folder.
+    """The file `model.onnx` in the request's folder; its precision is int8 where the module rounds to it itself.
 
     Raises:
         ConversionRejected: its inputs or outputs are not those of the module.
@@ -135,7 +135,7 @@ def store_exported(
         request.folder,
         _ENTRY,
         format=Format.ONNX,
-        precision=Precision.FP32,
+        precision=precision_of(proto),
         iospec=iospec,
         opset=opset_of(proto),
         producers=versions(*producers),

@@ -131,7 +131,8 @@ class Capabilities(Record, tag="edgekd.capabilities/1", frozen=True, kw_only=Tru
     """What a runtime on a device can do; known at connect, before anything is trained.
 
     `schemes` are quantization schemes in the order of preference on this device; `channel_steps` are widths at which
-    kernels are full, per precision. `proven_on_hardware` is set at connect, from the profile's `proven_on` and the device's fingerprint.
+    kernels are full, per precision. `delegate` is what runs the graph instead of the processor, `gpu` for one; empty for none.
+    `proven_on_hardware` is set at connect, from the profile's `proven_on` and the device's fingerprint.
     """
 
     formats: tuple[Format, ...]
@@ -144,6 +145,7 @@ class Capabilities(Record, tag="edgekd.capabilities/1", frozen=True, kw_only=Tru
     op_times: bool = False
     simulated: str = ""
     proven_on_hardware: bool = False
+    delegate: str = ""
 
 
 class Measurement(Record, tag="edgekd.measurement/1", frozen=True, kw_only=True):
