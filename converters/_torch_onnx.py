@@ -13,8 +13,8 @@ from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConversionRejected, DataError, MissingDependency, ModelError
 from edgekd.models.notes import carried_notes
 from edgekd.models.onnx_artifact import store_onnx
-from edgekd.models.onnx_file import BATCH, iospec_of, require_onnx
-from edgekd.records import IOSpec, Precision
+from edgekd.models.onnx_file import BATCH, iospec_of, precision_of, require_onnx
+from edgekd.records import IOSpec
 from edgekd.tree import flatten_outputs
 
 from ._onnx_io import last_message, versions
@@ -116,7 +116,7 @@ def store_exported(
     producers: Sequence[str],
     metadata: Mapping[str, str],
 ) -> StoredArtifact:
-    """The file `model.onnx` in the request's folder.
+    """The file `model.onnx` in the request's folder; its precision is int8 where the module rounds to it itself.
 
     Raises:
         ConversionRejected: its inputs or outputs are not those of the module.
@@ -136,7 +136,7 @@ def store_exported(
         proto,
         request.folder,
         _ENTRY,
-        precision=Precision.FP32,
+        precision=precision_of(proto),
         iospec=iospec,
         producers=versions(*producers),
         metadata={"converter": converter, "batch": "dynamic" if dynamic else "static", **metadata},

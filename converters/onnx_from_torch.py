@@ -29,7 +29,8 @@ class OnnxFromTorch:
     """Exports a module with the inputs of the request's IOSpec, in their order, as positional arguments.
 
     The caller's module is copied; the copy is exported in evaluation mode, in float32, on the CPU. Nodes are named after the module
-    they come from (`layer1.conv/Conv`). Options: `opset` (20) and `batch`: `static` (bound to 1, the default) or `dynamic`.
+    they come from (`layer1.conv/Conv`). Fake quantization becomes QuantizeLinear and DequantizeLinear, and the artifact int8.
+    Options: `opset` (20) and `batch`: `static` (bound to 1, the default) or `dynamic`.
     """
 
     name = "onnx-from-torch"

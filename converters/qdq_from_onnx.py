@@ -124,7 +124,7 @@ def _ranges(request: ConvertRequest, prepared: StoredArtifact) -> Mapping[str, t
             raise ConfigError("quantizing needs activation ranges", hint="pass ranges=... or calibration=...", subject="qdq-from-onnx")
         memory_mb = int(request.options.get("memory_mb", QuantizeOptions().memory_mb))
         seen = observe(request.infer or host_infer, prepared, request.calibration.inputs, sizes, memory_mb=memory_mb)
-        ranges = seen.ranges(request.recipe.calibration.method)
+        ranges = seen.ranges(request.recipe.calibration.method, symmetric=SCHEMES[request.recipe.scheme].symmetric_activations)
     missing = sorted(set(sizes) - set(ranges))
     if missing:
         raise ConfigError(

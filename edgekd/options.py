@@ -69,7 +69,7 @@ class QuantizeOptions(Record, tag="edgekd.quantize_options/1", frozen=True, kw_o
     """How int8 is made. Calibration inputs come from the training split; `memory_mb` bounds what calibration holds at once."""
 
     calibration_size: Positive = 256
-    methods: tuple[Literal["minmax", "percentile", "entropy"], ...] = ("minmax", "percentile", "entropy")
+    methods: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = ("minmax", "percentile", "entropy", "mse")
     percentile: PositiveFloat = 99.99
     memory_mb: Positive = 512
     sensitivity_samples: Positive = 128

@@ -208,7 +208,7 @@ class Road:
                 else StoredArtifact(_present(baseline), baseline_dir / "teacher"),
                 spec=own.spec if own else None,
                 weights=own.folders["distil"] / "weights.safetensors" if own else None,
-                recipe=own.quantized.recipe if own else None,
+                recipe=own.quantized.recipe if own else baseline.teacher_recipe,
                 teacher_test=load_outputs(baseline_dir / "teacher_test"),
                 ledger=Ledger(rows=tuple(self.rows)),
                 report=report,

@@ -38,12 +38,12 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("baseline", 2, (), "export and measure the teacher; does quantizing alone do?"),
-    Stage("search", 1, (), "choose students that fit the budget as measured; rank them by short trainings"),
+    Stage("search", 2, (), "choose students that fit the budget as measured; rank them by short trainings"),
     Stage("distil", 1, ("search",), "train the student from the teacher"),
     Stage("convert", 2, ("distil",), "export the student and compare it with its source"),
     Stage("quantize", 2, ("convert",), "make int8 where it is faster and accurate enough"),
     Stage("validate", 1, ("baseline", "quantize"), "verdict-grade latency and accuracy of the artifact, on the device"),
-    Stage("bundle", 2, ("validate",), "artifact, manifest, ledger and evaluation data"),
+    Stage("bundle", 3, ("validate",), "artifact, manifest, ledger and evaluation data"),
 )
 """In order. `connect` and `plan` come before the first and leave nothing on disk. The parity of each hop is part of the stage that makes the hop.
 The search takes two values of the baseline, the latency limit and the limits of validity; they are in its key, so that a baseline that is

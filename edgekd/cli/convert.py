@@ -28,7 +28,7 @@ _ENDINGS = {".onnx": "onnx", ".tflite": "tflite"}
 @click.option("--via", default="", help="Converters or formats that the road must pass, in order, with commas between.")
 @click.option("--plan", is_flag=True, help="List the roads, best first, with what is missing for each, and stop.")
 @click.option("--scheme", help="For int8: the quantization scheme. Default: the first of the target that runs the last format.")
-@click.option("--method", type=click.Choice(["minmax", "percentile", "entropy"]), default="minmax", show_default=True, help="How ranges are taken.")
+@click.option("--method", type=click.Choice(["minmax", "percentile", "entropy", "mse"]), default="minmax", show_default=True, help="How ranges are taken.")
 @click.option("--iospec", type=FILE, help="For a Keras file or a SavedModel: a JSON file that says what it takes and gives.")
 @click.option("--outputs", default="", help="The outputs to keep, with commas between; the others are cut with what only fed them. Default: all.")
 @click.option("--max-transposes", type=int, help="Refuse a file with more transpositions. Default for TFLite: those that MODEL asks for, and the borders.")

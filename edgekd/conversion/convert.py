@@ -31,7 +31,8 @@ class Conversion(Record, tag="edgekd.conversion/1", frozen=True, kw_only=True):
     """A converted model: where it lies, by which converters, and how every hop compares with the one before on the same inputs.
 
     `formats` are those passed, source first. A format that nothing runs on the host is compared together with the next one
-    (`onnx -> saved_model -> tflite`). `inputs` says what was compared on, `ran_on` which target ran each format, `notes` what was not compared.
+    (`onnx -> saved_model -> tflite`). `recipe` is how int8 was made, with size and split of the
+    calibration. `inputs` says what was compared on, `ran_on` which target ran each format, `notes` what was not compared.
     """
 
     out: str
@@ -42,6 +43,7 @@ class Conversion(Record, tag="edgekd.conversion/1", frozen=True, kw_only=True):
     inputs: str
     ran_on: dict[str, str] = {}
     notes: tuple[str, ...] = ()
+    recipe: QuantRecipe | None = None
 
     @property
     def passed(self) -> bool:
@@ -197,6 +199,7 @@ def convert(
         inputs=run.inputs_text,
         ran_on={name: one.name + (f" (simulated: {one.simulated})" if one.simulated else "") for name, one in run.targets.items()},
         notes=(*passed_over, *run.notes),
+        recipe=run.recipe,
     )
 
 

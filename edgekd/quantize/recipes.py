@@ -51,7 +51,7 @@ def candidate_schemes(capabilities: Capabilities) -> tuple[str, ...]:
 
 
 def timed_schemes(capabilities: Capabilities) -> tuple[str, ...]:
-    """The schemes that a candidate is timed in: the preferred one, and those of which only the network decides whether they are faster.
+    """The schemes that a candidate is timed in at least: the preferred one, and those of which only the network decides whether they are faster.
 
     Raises:
         UnsupportedModel: the target names none.
@@ -60,8 +60,10 @@ def timed_schemes(capabilities: Capabilities) -> tuple[str, ...]:
     return (first, *(scheme for scheme in others if SCHEMES[scheme].by_network))
 
 
-def make_recipe(scheme: str, method: str, calibration: CalibrationSet, float_ops: tuple[str, ...] = ()) -> QuantRecipe:
-    """The recipe for a scheme, a calibration method and the nodes that stay in float; `float_ops` are stored sorted."""
+def make_recipe(
+    scheme: str, method: str, calibration: CalibrationSet, float_ops: tuple[str, ...] = (), op_rules: Mapping[str, str] | None = None
+) -> QuantRecipe:
+    """The recipe for a scheme, a calibration method, the nodes that stay in float and rules for kinds of operators; `float_ops` are stored sorted."""
     size = len(next(iter(calibration.inputs.values())))
     spec = CalibrationSpec(method=method, size=size, split=calibration.split, data_hash=calibration.data_hash)
-    return QuantRecipe(scheme=scheme, calibration=spec, float_ops=tuple(sorted(float_ops)))
+    return QuantRecipe(scheme=scheme, calibration=spec, float_ops=tuple(sorted(float_ops)), op_rules=dict(op_rules or {}))

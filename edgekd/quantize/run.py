@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,19 @@ from edgekd.contracts import CalibrationSet, Converter, Target, Task, Tensors
 from edgekd.conversion.toolchain import toolchain_of
 from edgekd.errors import ConversionRejected, UnsupportedModel
 from edgekd.options import QuantizeOptions
-from edgekd.quantize.recipes import candidate_schemes
+from edgekd.quantize.calibrate import METHODS, Stability
+from edgekd.quantize.proposals import Proposal, int8_proposals, proposed_text
 from edgekd.quantize.sensitivity import TimeMs, measure_sensitivity
+from edgekd.quantize.structure import structure_of
 from edgekd.quantize.workshop import Made, Workshop
 from edgekd.records import QuantRecipe
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One thing that was tried. `accuracy` is the task's mean score on validation from the target's outputs, `drop` what it lost;
+    """One thing that was tried; `scheme` is the label of its proposal.
+
+    `accuracy` is the task's mean score on validation from the target's outputs, `drop` what it lost;
     `latency_ms` is screen grade, and stands only where it was measured for this row."""
 
     scheme: str
@@ -39,7 +43,8 @@ class Tried:
 class QuantizeResult:
     """The artifact that loses least, whether or not it is within the allowance or faster than float: that is the caller's to judge.
 
-    `scores` are per validation item. `float_ms` and `latency_ms` were screened side by side.
+    `scores` are per validation item. `float_ms` and `latency_ms` were screened side by side. `stability` is that of the artifact's own ranges,
+    `proposed` the label of what the table proposed first.
     """
 
     artifact: StoredArtifact
@@ -49,6 +54,8 @@ class QuantizeResult:
     notes: tuple[str, ...]
     float_ms: float
     latency_ms: float
+    stability: Stability | None = None
+    proposed: str = ""
 
 
 def quantize(
@@ -70,7 +77,8 @@ def quantize(
 ) -> QuantizeResult:
     """The source in int8, judged by the target's outputs on the validation inputs against `reference_scores` (one per item).
 
-    Every scheme of the target is timed once, next to the source, since a calibration method does not change speed. From the fastest scheme
+    Every scheme of the target, and every mixture that `proposals` has for such a network, is timed once, next to the source, since a
+    calibration method does not change speed. Proposals say what is made first; the latencies decide what is tried first. From the fastest scheme
     on, calibration methods are compared on accuracy; the first scheme that stays within `allowed_drop` is taken. Schemes that are not
     faster than the source come only after those that are, and not at all if one is. If none is within the allowance, operators of the
     fastest return to float in the order of gain per millisecond (`sensitivity`) until it is, at most `options.max_float_ops`; those
@@ -81,9 +89,10 @@ def quantize(
         ConversionRejected: the model cannot be quantized.
         DataError: calibration or activations are not finite.
     """
-    schemes = candidate_schemes(target.capabilities)
+    structure = structure_of(source)
+    proposals = int8_proposals(source, target.capabilities, structure)
     if not options.methods:
-        raise ConversionRejected("no calibration method was asked for", allowed="minmax, percentile, entropy", hint="set quantize.methods")
+        raise ConversionRejected("no calibration method was asked for", allowed=", ".join(METHODS), hint="set quantize.methods")
     if not target.capabilities.taps:
         raise UnsupportedModel(
             "int8 needs the ranges of the tensors inside the model, which this runtime does not give", hint="calibrate on another target", subject=target.name
@@ -99,7 +108,8 @@ def quantize(
         folder=folder,
     )
     run = _Run(workshop, validation_inputs, validation_targets, task, reference_scores, options, allowed_drop, time_ms, seed)
-    return run.result(source, schemes)
+    run.notes.append(proposed_text(structure, proposals))
+    return run.result(source, proposals)
 
 
 class _Run:
@@ -139,11 +149,12 @@ class _Run:
     def note_try(self, made: Made, latency_ms: float | None, reason: str) -> None:
         recipe = made.recipe
         accuracy, drop = float(self.scores(made).mean()), self.drop(made)
-        self.tried.append(Tried(recipe.scheme, recipe.calibration.method, recipe.float_ops, accuracy, drop, latency_ms, reason))
+        label = _label(recipe)
+        self.tried.append(Tried(label, recipe.calibration.method, recipe.float_ops, accuracy, drop, latency_ms, reason))
 
-    def result(self, source: StoredArtifact, schemes: Sequence[str]) -> QuantizeResult:
+    def result(self, source: StoredArtifact, proposals: Sequence[Proposal]) -> QuantizeResult:
         first_method = self.options.methods[0]
-        plain = self.plain(schemes, first_method)
+        plain = self.plain(proposals, first_method)
         times = self.time_ms({"float": source} | {scheme: made.artifact for scheme, made in plain.items()})
         float_ms = times["float"]
         order = sorted(plain, key=lambda scheme: times[scheme])
@@ -157,7 +168,7 @@ class _Run:
         best: dict[str, Made] = {}
         chosen, latency_ms = None, times[order[0]]
         for scheme in faster or order[:1]:
-            best[scheme] = self.best_method(scheme, times[scheme])
+            best[scheme] = self.best_method(plain[scheme].recipe, times[scheme])
             if self.drop(best[scheme]) <= self.allowed_drop:
                 chosen, latency_ms = best[scheme], times[scheme]
                 break
@@ -165,38 +176,42 @@ class _Run:
             chosen = best[order[0]]
             if faster:
                 chosen, float_ms, latency_ms = self.restore(source, chosen, float_ms, latency_ms)
-        return QuantizeResult(chosen.artifact, chosen.recipe, self.scores(chosen), tuple(self.tried), tuple(self.notes), float_ms, latency_ms)
+        first, taken = proposals[0].label, _label(chosen.recipe)
+        agrees = "as proposed first" if taken == first else f"proposed first was {first}" + (f", {times[first]:.4g} ms" if first in times else "")
+        self.notes.append(f"measured: {taken} is taken, {latency_ms:.4g} ms against {float_ms:.4g} ms in float; {agrees}")
+        stability = self.workshop.stability(chosen.recipe)
+        return QuantizeResult(chosen.artifact, chosen.recipe, self.scores(chosen), tuple(self.tried), tuple(self.notes), float_ms, latency_ms, stability, first)
 
-    def plain(self, schemes: Sequence[str], method: str) -> dict[str, Made]:
-        """The model in every scheme that the quantizer takes it in; the first refusal is raised where there is none."""
+    def plain(self, proposals: Sequence[Proposal], method: str) -> dict[str, Made]:
+        """The model by every proposal that the quantizer takes it in; the first refusal is raised where there is none."""
         made: dict[str, Made] = {}
         refused: list[ConversionRejected] = []
-        for scheme in schemes:
+        for proposal in proposals:
             try:
-                made[scheme] = self.workshop.make(scheme, method)
+                made[proposal.label] = self.workshop.make(proposal.scheme, method, op_rules=dict(proposal.op_rules))
             except ConversionRejected as error:
                 refused.append(error)
-                self.notes.append(f"scheme {scheme} is refused: {error}")
+                self.notes.append(f"scheme {proposal.label} is refused: {error}")
         if not made:
             raise refused[0]
         return made
 
-    def best_method(self, scheme: str, latency_ms: float) -> Made:
+    def best_method(self, recipe: QuantRecipe, latency_ms: float) -> Made:
         """The calibration method with the highest accuracy; the earlier one in the options where two are equal."""
-        made = {method: self.workshop.make(scheme, method) for method in self.options.methods}
+        made = {method: self.workshop.make(recipe.scheme, method, op_rules=recipe.op_rules) for method in self.options.methods}
         for method, one in made.items():
             self.note_try(one, latency_ms if method == self.options.methods[0] else None, f"drop {self.drop(one):.4g}, allowed {self.allowed_drop:.4g}")
         return max(made.values(), key=lambda one: float(self.scores(one).mean()))
 
     def restore(self, source: StoredArtifact, start: Made, float_ms: float, latency_ms: float) -> tuple[Made, float, float]:
         """The start with as few operators in float as bring the drop within the allowance, and the latencies of source and result from one screen."""
-        scheme, method = start.recipe.scheme, start.recipe.calibration.method
+        scheme, method, rules = start.recipe.scheme, start.recipe.calibration.method, start.recipe.op_rules
         total = len(next(iter(self.inputs.values())))
         picks = np.sort(np.random.default_rng(self.seed).choice(total, size=min(total, self.options.sensitivity_samples), replace=False))
         probe = {name: array[picks] for name, array in self.inputs.items()}
         kept: list[str] = []
-        while self.drop(self.workshop.make(scheme, method, kept)) > self.allowed_drop and len(kept) < self.options.max_float_ops:
-            ranked = measure_sensitivity(self.workshop, scheme, method, probe, kept=kept, time_ms=self.time_ms)
+        while self.drop(self.workshop.make(scheme, method, kept, rules)) > self.allowed_drop and len(kept) < self.options.max_float_ops:
+            ranked = measure_sensitivity(self.workshop, scheme, method, probe, kept=kept, time_ms=self.time_ms, op_rules=rules)
             if not ranked:
                 self.notes.append("no further operator lowers the output error when it returns to float")
                 break
@@ -204,13 +219,13 @@ class _Run:
                 cost = item.cost_ms or 0.0
                 self.notes.append(f"{item.op.name} in float: output error {item.base_error:.3g} falls by {item.gain:.3g} for {cost:.4g} ms more")
             kept.append(ranked[0].op.name)
-            made = self.workshop.make(scheme, method, kept)
+            made = self.workshop.make(scheme, method, kept, rules)
             self.note_try(made, None, f"{kept[-1]} back in float: drop {self.drop(made):.4g}, allowed {self.allowed_drop:.4g}")
         if not kept:
             return start, float_ms, latency_ms
-        if self.drop(self.workshop.make(scheme, method, kept)) <= self.allowed_drop:
-            kept = self.thinned(scheme, method, kept)
-        made = self.workshop.make(scheme, method, kept)
+        if self.drop(self.workshop.make(scheme, method, kept, rules)) <= self.allowed_drop:
+            kept = self.thinned(scheme, method, kept, rules)
+        made = self.workshop.make(scheme, method, kept, rules)
         if self.scores(made).mean() < self.scores(start).mean():
             self.notes.append("operators in float did not raise the accuracy: all stay int8")
             return start, float_ms, latency_ms
@@ -218,12 +233,17 @@ class _Run:
         self.note_try(made, times["mixed"], f"in float: {', '.join(made.recipe.float_ops)}")
         return made, times["float"], times["mixed"]
 
-    def thinned(self, scheme: str, method: str, kept: Sequence[str]) -> list[str]:
+    def thinned(self, scheme: str, method: str, kept: Sequence[str], rules: Mapping[str, str]) -> list[str]:
         """`kept` without those that are not needed to stay within the allowance; the last one added is."""
         needed = list(kept)
         for name in kept[:-1]:
             fewer = [other for other in needed if other != name]
-            if self.drop(self.workshop.make(scheme, method, fewer)) <= self.allowed_drop:
+            if self.drop(self.workshop.make(scheme, method, fewer, rules)) <= self.allowed_drop:
                 needed = fewer
                 self.notes.append(f"{name} proved superfluous in float and stays int8")
         return needed
+
+
+def _label(recipe: QuantRecipe) -> str:
+    """The label of the proposal that a recipe was made from."""
+    return Proposal(recipe.scheme, "", "", tuple(sorted(recipe.op_rules.items()))).label

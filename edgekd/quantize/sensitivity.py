@@ -50,7 +50,9 @@ def output_error(reference: Tensors, outputs: Tensors) -> float:
     return float(np.mean(errors))
 
 
-def suspects(workshop: Workshop, scheme: str, method: str, inputs: Tensors, *, limit: int = _MAX_PROBED) -> tuple[Op, ...]:
+def suspects(
+    workshop: Workshop, scheme: str, method: str, inputs: Tensors, *, limit: int = _MAX_PROBED, op_rules: Mapping[str, str] | None = None
+) -> tuple[Op, ...]:
     """The operators to probe one by one: all of them, or with more than `limit` those of the blocks that help most.
 
     Then the operators are cut into blocks of neighbours, each block is put back in float, and the best blocks are kept, up to half the limit.
@@ -63,7 +65,7 @@ def suspects(workshop: Workshop, scheme: str, method: str, inputs: Tensors, *, l
     reference = workshop.outputs(workshop.prepared, inputs)
     ranked = []
     for block in blocks:
-        error = _error(workshop, scheme, method, [op.name for op in block], inputs, reference)
+        error = _error(workshop, scheme, method, [op.name for op in block], inputs, reference, op_rules)
         if error is not None:
             ranked.append((error, block))
     ranked.sort(key=lambda pair: pair[0])
@@ -75,36 +77,47 @@ def suspects(workshop: Workshop, scheme: str, method: str, inputs: Tensors, *, l
     return tuple(chosen)
 
 
-def _error(workshop: Workshop, scheme: str, method: str, float_ops: Sequence[str], inputs: Tensors, reference: Tensors) -> float | None:
+def _error(
+    workshop: Workshop, scheme: str, method: str, float_ops: Sequence[str], inputs: Tensors, reference: Tensors, op_rules: Mapping[str, str] | None
+) -> float | None:
     """The output error with these operators in float; `None` where the quantizer refuses this combination."""
     try:
-        made = workshop.make(scheme, method, float_ops)
+        made = workshop.make(scheme, method, float_ops, op_rules)
     except ConversionRejected:
         return None
     return output_error(reference, workshop.outputs(made.artifact, inputs))
 
 
-def measure_sensitivity(workshop: Workshop, scheme: str, method: str, inputs: Tensors, *, kept: Sequence[str], time_ms: TimeMs) -> tuple[Sensitivity, ...]:
+def measure_sensitivity(
+    workshop: Workshop,
+    scheme: str,
+    method: str,
+    inputs: Tensors,
+    *,
+    kept: Sequence[str],
+    time_ms: TimeMs,
+    op_rules: Mapping[str, str] | None = None,
+) -> tuple[Sensitivity, ...]:
     """Operators whose return to float, beyond those in `kept`, lowers the output error noticeably, the worthiest first.
 
     Leave-one-float: everything else stays int8. A gain below 2 % of the present error is no gain. The eight largest gains are timed on
     the target side by side; the order is gain per added millisecond, then the graph's order.
     """
     reference = workshop.outputs(workshop.prepared, inputs)
-    base: Made = workshop.make(scheme, method, kept)
+    base: Made = workshop.make(scheme, method, kept, op_rules)
     base_error = output_error(reference, workshop.outputs(base.artifact, inputs))
     gains: list[tuple[float, int, Op]] = []
-    for position, op in enumerate(suspects(workshop, scheme, method, inputs)):
+    for position, op in enumerate(suspects(workshop, scheme, method, inputs, op_rules=op_rules)):
         if op.name in kept:
             continue
-        error = _error(workshop, scheme, method, [*kept, op.name], inputs, reference)
+        error = _error(workshop, scheme, method, [*kept, op.name], inputs, reference, op_rules)
         if error is not None and base_error - error > _GAIN_FLOOR * base_error:
             gains.append((base_error - error, position, op))
     gains.sort(key=lambda item: (-item[0], item[1]))
     gains = gains[:_TIMED]
     if not gains:
         return ()
-    models = {"int8": base.artifact} | {op.name: workshop.make(scheme, method, [*kept, op.name]).artifact for _, _, op in gains}
+    models = {"int8": base.artifact} | {op.name: workshop.make(scheme, method, [*kept, op.name], op_rules).artifact for _, _, op in gains}
     times = time_ms(models)
     base_ms = times["int8"]
     found = [Sensitivity(op, gain, base_error, max(0.0, times[op.name] - base_ms)) for gain, _, op in gains]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, CalibrationSet, Converter, ConvertRequest, Infer, Task, Tensors
 from edgekd.errors import ConversionRejected
 from edgekd.options import QuantizeOptions
-from edgekd.quantize.calibrate import Statistics, observe
-from edgekd.quantize.recipes import make_recipe
+from edgekd.quantize.calibrate import Stability, Statistics, observe
+from edgekd.quantize.recipes import SCHEMES, make_recipe
 from edgekd.records import QuantRecipe
 
 
@@ -67,17 +67,18 @@ class Workshop:
         self.ops = tuple(Op(name, kind) for name, kind in json.loads(_told(self.prepared, "ops")))
         self.statistics: Statistics = observe(infer, self.prepared, calibration.inputs, self._sizes, memory_mb=options.memory_mb)
         self._done: dict[str, Made] = {}
+        self._ranges: dict[tuple[str, bool], dict[str, tuple[float, float]]] = {}
 
-    def make(self, scheme: str, method: str, float_ops: Sequence[str] = ()) -> Made:
-        """The model quantized by one recipe; the same recipe is made once.
+    def make(self, scheme: str, method: str, float_ops: Sequence[str] = (), op_rules: Mapping[str, str] | None = None) -> Made:
+        """The model quantized by one recipe; the same recipe is made once. `op_rules` name kinds of operators of the prepared model.
 
         Raises:
             ConversionRejected: the quantizer refuses the model.
         """
-        recipe = make_recipe(scheme, method, self.calibration, tuple(float_ops))
+        recipe = make_recipe(scheme, method, self.calibration, tuple(float_ops), op_rules)
         key = recipe.digest()
         if key not in self._done:
-            name = f"{scheme}-{method}" + (f"-{hashlib.sha256(key.encode()).hexdigest()[:10]}" if float_ops else "")
+            name = f"{scheme}-{method}" + (f"-{hashlib.sha256(key.encode()).hexdigest()[:10]}" if float_ops or op_rules else "")
             request = ConvertRequest(
                 source=self.prepared,
                 folder=_made(self.folder / name),
@@ -85,10 +86,24 @@ class Workshop:
                 example=self._example,
                 recipe=recipe,
                 calibration=self.calibration,
-                ranges=self.statistics.ranges(method, self.options.percentile),
+                ranges=self.ranges(scheme, method),
             )
             self._done[key] = Made(self.converter.convert(request), recipe)
         return self._done[key]
+
+    def ranges(self, scheme: str, method: str) -> dict[str, tuple[float, float]]:
+        """Activation ranges by a method, for what a scheme makes of them; computed once."""
+        key = (method, SCHEMES[scheme].symmetric_activations if method == "mse" else False)
+        if key not in self._ranges:
+            self._ranges[key] = self.statistics.ranges(method, self.options.percentile, symmetric=key[1])
+        return self._ranges[key]
+
+    def stability(self, recipe: QuantRecipe) -> Stability | None:
+        """How far the recipe's ranges depend on which samples calibrate; `None` where the scheme takes no ranges, or one sample calibrates."""
+        if recipe.scheme == "dynamic_int8" and "static_int8" not in recipe.op_rules.values():
+            return None
+        symmetric = SCHEMES[recipe.scheme].symmetric_activations
+        return self.statistics.stability(recipe.calibration.method, self.options.percentile, symmetric=symmetric)
 
     def outputs(self, model: StoredArtifact, inputs: Tensors) -> dict[str, Array]:
         """The model's outputs on the target."""

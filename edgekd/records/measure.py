@@ -132,6 +132,7 @@ class Capabilities(Record, tag="edgekd.capabilities/1", frozen=True, kw_only=Tru
 
     `schemes` are quantization schemes in the order of preference on this device; `channel_steps` are widths at which
     kernels are full, per precision. `state` says that it feeds the state of a model back, see `contracts.Runtime`.
+    `delegate` is what runs the graph instead of the processor, `gpu` for one; empty for none.
     `proven_on_hardware` is set at connect, from the profile's `proven_on` and the device's fingerprint.
     """
 
@@ -146,6 +147,7 @@ class Capabilities(Record, tag="edgekd.capabilities/1", frozen=True, kw_only=Tru
     state: bool = False
     simulated: str = ""
     proven_on_hardware: bool = False
+    delegate: str = ""
 
 
 class Measurement(Record, tag="edgekd.measurement/1", frozen=True, kw_only=True):

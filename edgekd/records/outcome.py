@@ -10,7 +10,7 @@ import msgspec
 from edgekd.errors import BudgetError
 from edgekd.records.base import Record
 from edgekd.records.measure import Clock, Fingerprint, NonNegativeFloat
-from edgekd.records.model import Artifact, NonNegative, StudentSpec
+from edgekd.records.model import Artifact, NonNegative, QuantRecipe, StudentSpec
 from edgekd.records.profile import Profile
 
 
@@ -195,6 +195,8 @@ class Manifest(Record, tag="edgekd.manifest/2", frozen=True, kw_only=True):
     `evaluation` does so for evaluation data that were over the cap and lie elsewhere. `accuracy` is the artifact's on the
     test split, in `metric`. `seal` is the digest of the manifest without it.
 
+    `recipe` is how an artifact in int8 was quantized, with the size and the split of its calibration.
+
     `profile` is the one that judged, overrides applied, without what may travel in no bundle (`terms.portable`). `task_code` is the
     `module:qualname` of a task that is not edgekd's own, `task_hash` the `code_hash` of the whole task; nothing imports them from here.
     """
@@ -222,4 +224,5 @@ class Manifest(Record, tag="edgekd.manifest/2", frozen=True, kw_only=True):
     task_code: str = ""
     task_hash: str = ""
     latency_limit_upper_ms: float | None = None
+    recipe: QuantRecipe | None = None
     seal: str = ""

@@ -12,7 +12,7 @@ from edgekd.contracts import Tensors
 from edgekd.errors import BudgetError, MeasurementInvalid, Rejected
 from edgekd.measuring.measure import Screened, Subject, calibrate_limits
 from edgekd.models.onnx_artifact import import_onnx
-from edgekd.records import Artifact, HopParity, LedgerRow, Limits, Point, Precision, Record
+from edgekd.records import Artifact, HopParity, LedgerRow, Limits, Point, Precision, QuantRecipe, Record
 from edgekd.steps.checks import check_splits, check_teacher
 from edgekd.steps.context import Context, checked_outputs, point, row, score
 from edgekd.steps.quantizing import to_int8
@@ -25,7 +25,7 @@ from edgekd.verdict import check_plausible, check_scores
 class BaselineOut(Record, tag="edgekd.stage_baseline/1", frozen=True, kw_only=True):
     """`limit_ms` is the latency limit that the search works against; `None` artifacts do not exist for this teacher.
 
-    `teacher_int8_fits`: on screen-grade evidence the quantized teacher meets the whole budget.
+    `teacher_recipe` is that of the quantized teacher. `teacher_int8_fits`: on screen-grade evidence the quantized teacher meets the whole budget.
     """
 
     teacher: Artifact | None
@@ -37,6 +37,7 @@ class BaselineOut(Record, tag="edgekd.stage_baseline/1", frozen=True, kw_only=Tr
     parity: tuple[HopParity, ...]
     rows: tuple[LedgerRow, ...]
     teacher_int8_fits: bool = False
+    teacher_recipe: QuantRecipe | None = None
 
 
 def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
@@ -90,9 +91,9 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
         rows.append(row(context, "baseline", "teacher as it is", "noted", "the reference", after=score(screened, exported, teacher_scores)))
     limit_ms = _limit(context, screened)
     own_file = getattr(context.space, "onnx", None) is not None  # quantizing the file is then the road itself
-    fits = False
+    fits, recipe = False, None
     if exported is not None and screened is not None and parity[0].passed and context.wants(Precision.INT8) and not own_file:
-        int8, fits = _quantized_teacher(context, exported, screened, folder, scratch, limit_ms, rows, points, parity)
+        int8, fits, recipe = _quantized_teacher(context, exported, screened, folder, scratch, limit_ms, rows, points, parity)
     return BaselineOut(
         teacher=None if exported is None else exported.record,
         teacher_int8=None if int8 is None else int8.record,
@@ -103,6 +104,7 @@ def run_baseline(context: Context, folder: Path, scratch: Path) -> BaselineOut:
         parity=tuple(parity),
         rows=tuple(rows),
         teacher_int8_fits=fits,
+        teacher_recipe=recipe,
     )
 
 
@@ -150,8 +152,8 @@ def _quantized_teacher(
     rows: list[LedgerRow],
     points: list[Point],
     parity: list[HopParity],
-) -> tuple[StoredArtifact | None, bool]:
-    """The int8 teacher, if it can be made, and whether it fits the budget: an answer that needs no training, and a contender for the bundle."""
+) -> tuple[StoredArtifact | None, bool, QuantRecipe | None]:
+    """The int8 teacher, if it can be made, whether it fits the budget, and its recipe: an answer that needs no training, and a contender for the bundle."""
     validation = context.validation.all()
     device = context.device_outputs(exported, validation.inputs)
     options = msgspec.structs.replace(context.options.quantize, methods=("minmax",))
@@ -168,7 +170,7 @@ def _quantized_teacher(
         )
     except Rejected as error:
         rows.append(row(context, "baseline", "quantize the teacher alone", "skipped", str(error), before=score(screened, exported, None)))
-        return None, False
+        return None, False, None
     seen = made.after
     kept = made.result.artifact.copy_to(folder / "teacher-int8")
     scores = np.asarray(made.result.scores)
@@ -194,7 +196,7 @@ def _quantized_teacher(
             after=score(seen, kept, scores),
         )
     )
-    return (kept, place.meets_budget) if hop.passed else (None, False)
+    return (kept, place.meets_budget, made.result.recipe) if hop.passed else (None, False, None)
 
 
 def _save(folder: Path, outputs: Tensors) -> None:

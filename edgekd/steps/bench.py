@@ -16,7 +16,7 @@ from edgekd.operators.hop import Hop
 from edgekd.operators.preflight import SAMPLES, Watched, examine_sets
 from edgekd.operators.report import PreflightReport
 from edgekd.quantize.calibrate import calibration_set
-from edgekd.quantize.recipes import timed_schemes
+from edgekd.quantize.proposals import Proposal, int8_proposals, timed_proposals
 from edgekd.quantize.workshop import Workshop
 from edgekd.records import Artifact, Precision, Record, StudentSpec
 from edgekd.search import Candidate, Seen, describe_candidates
@@ -127,7 +127,7 @@ class CandidateBench:
         return seen
 
     def _artifacts(self, spec: StudentSpec) -> dict[str, StoredArtifact]:
-        """What a candidate is timed as: `fp32`, `int8` in the preferred scheme, and `int8` with the scheme's name for the others."""
+        """What a candidate is timed as: `fp32`, `int8` as it is proposed first, and `int8` with the proposal's label for the others."""
         name = short_name(spec)
         model = self._float(spec, None)
         out = {Precision.FP32.value: model} if self.context.wants(Precision.FP32) else {}
@@ -165,16 +165,16 @@ class CandidateBench:
         refused: list[ConversionRejected] = []
         workshops: list[Workshop] = []
 
-        def quantized(scheme: str, place: Path) -> StoredArtifact:
+        def quantized(proposal: Proposal, place: Path) -> StoredArtifact:
             if not workshops:
                 workshops.append(self._workshop(source, Path(work)))
-            return workshops[0].make(scheme, "minmax").artifact.copy_to(place)
+            return workshops[0].make(proposal.scheme, "minmax", op_rules=dict(proposal.op_rules)).artifact.copy_to(place)
 
         with tempfile.TemporaryDirectory(prefix="edgekd.bench.") as work:
-            for position, scheme in enumerate(timed_schemes(self.context.target.capabilities)):
-                form = f"{Precision.INT8.value} {scheme}" if position else Precision.INT8.value
+            for position, proposal in enumerate(timed_proposals(int8_proposals(source, self.context.target.capabilities))):
+                form = f"{Precision.INT8.value} {proposal.label}" if position else Precision.INT8.value
                 try:
-                    made[form] = self._kept(f"{name}-{form.replace(' ', '-')}", partial(quantized, scheme))
+                    made[form] = self._kept(f"{name}-{form.replace(' ', '-')}", partial(quantized, proposal))
                 except ConversionRejected as error:
                     refused.append(error)
         if not made:

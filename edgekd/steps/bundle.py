@@ -98,6 +98,7 @@ def run_bundle(
         metric=context.task.metric,
         task_code=task_code,
         task_hash=task_hash,
+        recipe=recipe,
     )
     name = validated.chosen if spec is None else f"{validated.chosen} ({spec.label()})"
     fields = context.target.fingerprint.fields
