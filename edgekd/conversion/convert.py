@@ -20,7 +20,7 @@ from edgekd.conversion.inputs import CHANNEL_LAST, given_inputs, open_source, so
 from edgekd.conversion.running import Options, Run, Say
 from edgekd.errors import ConfigError, ParityRejected
 from edgekd.parity.compare import first_bad_hop, require_parity
-from edgekd.records import Artifact, HopParity, IOSpec, Precision, Record
+from edgekd.records import Artifact, HopParity, IOSpec, Precision, QuantRecipe, Record
 from edgekd.storage import copy_file, folder_atomic
 
 if TYPE_CHECKING:
