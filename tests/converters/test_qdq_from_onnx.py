@@ -198,7 +198,7 @@ def test_ranges_are_observed_within_the_memory_that_is_given(tmp_path: Path) -> 
 
     many = {"image": noise(512, 3, 8, 8)}
     request = dataclasses.replace(quantize_request(exported_convnet(), many, tmp_path), infer=infer)
-    for memory_mb in (1, 512):
+    for memory_mb in (2, 512):
         convert(dataclasses.replace(request, options={"memory_mb": memory_mb}))
     convert(request)
     assert blocks[-2:] == [512, 512]
