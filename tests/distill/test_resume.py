@@ -36,7 +36,7 @@ def test_training_killed_at_random_moments_ends_with_equal_bytes(tmp_path: Path)
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(here.parent.parent)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=True,
     )
     kills = int(done.stdout)

@@ -131,7 +131,7 @@ def keras_folder(need: Need, home: Path | None, tmp_path_factory: pytest.TempPat
     np.save(folder / "image.npy", noise(16, 8, 8, 3))
     np.save(folder / "extra.npy", noise(16, 5, seed=1))
     python = environment_python("tensorflow", purpose="a test", path=home)
-    subprocess.run([str(python), "-c", _KERAS, str(folder)], check=True, capture_output=True, timeout=300)
+    subprocess.run([str(python), "-c", _KERAS, str(folder)], check=True, capture_output=True, timeout=900)
     return folder
 
 
@@ -187,6 +187,6 @@ def test_the_table_of_operators_is_that_of_onnx_tf(need: Need, home: Path | None
     python = environment_python("onnx-tf", purpose="a test", path=home)
     code = "import json, onnx_tf.opset_version as v; print(json.dumps({k: n for k, n in v.backend_opset_version.items() if n}))"
     env = {"PATH": "/usr/bin:/bin", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True, timeout=300, env=env)
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True, timeout=900, env=env)
     shipped = Path(__file__).resolve().parents[2] / "converters" / "onnx_tf_ops.json"
     assert json.loads(done.stdout.splitlines()[-1]) == json.loads(shipped.read_text(encoding="utf-8"))

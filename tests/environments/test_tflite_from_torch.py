@@ -213,7 +213,7 @@ def test_the_same_module_gives_the_same_bytes_in_another_process(tmp_path: Path)
     )
     root = Path(__file__).resolve().parents[2]
     env = {**os.environ, "PYTHONPATH": str(root), "PYTHONHASHSEED": "7"}
-    there = subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], capture_output=True, text=True, env=env, cwd=root, check=True, timeout=120)
+    there = subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], capture_output=True, text=True, env=env, cwd=root, check=True, timeout=400)
     assert there.stdout.strip() == here.record.files["model.tflite"]
 
 

@@ -197,7 +197,7 @@ def test_environments_lie_in_the_users_cache_folder(monkeypatch: pytest.MonkeyPa
 def test_the_command_line_lists_removes_and_refuses(tmp_path: Path) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         variables = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-        return subprocess.run([sys.executable, "-m", "edgekd", *words], capture_output=True, text=True, env=variables, timeout=120, check=False)
+        return subprocess.run([sys.executable, "-m", "edgekd", *words], capture_output=True, text=True, env=variables, timeout=400, check=False)
 
     listed = json.loads(run("env", "list", "--json").stdout)
     assert [row["name"] for row in listed] == ["onnx-tf", "onnx2tf", "tensorflow"]

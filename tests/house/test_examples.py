@@ -23,7 +23,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def run(words: list[str], cwd: Path) -> str:
     """What a Python script printed; it must end with 0."""
-    done = subprocess.run([sys.executable, *words], cwd=cwd, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *words], cwd=cwd, env=ONE_THREAD, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -89,7 +89,7 @@ def setup_cfg() -> configparser.ConfigParser:
 def run(argv: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """A finished command, with no variable of ours in its environment that could lead it back to the tree."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_", "VIRTUAL_ENV"))}
-    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -140,7 +140,7 @@ def interpreter(*extra: str) -> Path:
     return place / "bin" / "python"
 
 
-def shell(python: Path | str, *args: object, cwd: Path, timeout_s: float = 150.0) -> subprocess.CompletedProcess[str]:
+def shell(python: Path | str, *args: object, cwd: Path, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
     """`edgekd` with these arguments, run by this interpreter in a folder."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     command = [str(python), "-m", "edgekd", *map(str, args)]

@@ -248,7 +248,7 @@ LIMITED = "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (int(
 
 def limited(limit: int, code: str, *args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", LIMITED + code, str(limit), *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
 
 
 def sizes(folder: Path) -> list[int]:

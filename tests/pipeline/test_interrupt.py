@@ -93,7 +93,7 @@ def test_ctrl_c_exits_with_130_and_the_same_command_goes_on(tmp_path: Path) -> N
     assert [stage for stage, kind, _ in first if kind == "finished"] == ["baseline", "search"]
     assert list((tmp_path / "run" / "work").glob("distil-*/checkpoint-*"))
     again = start(tmp_path)
-    out, said = again.communicate(timeout=120)
+    out, said = again.communicate(timeout=400)
     assert again.returncode in (0, 1), said
     assert "verdict" in out.lower()
     both = journal(tmp_path)

@@ -59,7 +59,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         children.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
         for child in children:
-            said, _ = child.communicate(timeout=300)
+            said, _ = child.communicate(timeout=900)
             assert child.returncode == 0, said
         yield folder
     finally:
