@@ -89,4 +89,4 @@ class Processing(Record, tag="edgekd.processing/1", frozen=True, kw_only=True):
     @property
     def inside(self) -> bool:
         """Whether the file does a part of it."""
-        return any(part.where == "inside" for part in (*self.inputs.values(), *self.outputs))
+        return "inside" in {*(part.where for part in self.inputs.values()), *(part.where for part in self.outputs)}

@@ -60,7 +60,8 @@ def convert(source: Any, out: Path, processing: Processing | None, example: np.n
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     raised: np.ndarray = np.exp(logits - logits.max(1, keepdims=True))
-    return raised / raised.sum(1, keepdims=True)
+    shares: np.ndarray = raised / raised.sum(1, keepdims=True)
+    return shares
 
 
 @pytest.mark.parametrize(("pads", "place"), [(0, "folded"), (1, "nodes")])
@@ -217,7 +218,7 @@ def test_what_does_not_fit_is_refused_with_the_next_step(tmp_path: Path) -> None
         convert(source, tmp_path / "m.tflite", Processing(outputs=(nms,)), NORMAL)
     for fields in ({"mean": (0.1, 0.2), "std": (1.0,)}, {"value_range": (1.0, 1.0)}):
         with pytest.raises(ConfigError):
-            InputProcessing(**fields)  # type: ignore[arg-type]
+            InputProcessing(**fields)
     with pytest.raises(ConfigError, match="0 to 1"):
         OutputProcessing(kind="nms", iou_threshold=2.0)
 
@@ -255,5 +256,5 @@ def test_a_module_takes_its_processing_along(tmp_path: Path) -> None:
     assert made.passed
     found = OnnxTeacher(tmp_path / "m.onnx").outputs({"input": RAW[:1]})["output"]
     np.testing.assert_allclose(found, expected[:1], atol=1e-5)
-    assert made.artifact.iospec.inputs[0].value_range == (0.0, pytest.approx(255.0))
+    assert made.artifact.iospec.inputs[0].value_range == pytest.approx((0.0, 255.0))
     assert json.loads(read_metadata(tmp_path / "m.onnx")["labels"]) == ["a", "b", "c", "d"]
