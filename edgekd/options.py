@@ -10,6 +10,7 @@ from edgekd.errors import ConfigError
 from edgekd.records.base import Record
 from edgekd.records.measure import NonNegativeFloat, PositiveFloat, Share
 from edgekd.records.model import NonNegative, Positive
+from edgekd.records.processing import Processing
 
 Probability = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
@@ -78,9 +79,21 @@ class QuantizeOptions(Record, tag="edgekd.quantize_options/1", frozen=True, kw_o
 
 class ConvertOptions(Record, tag="edgekd.convert_options/1", frozen=True, kw_only=True):
     """How the student becomes a file. `max_transposes` bounds the operators that move a whole tensor; without it a TFLite file may hold as
-    many as the student itself asks for, and those at the borders (`docs/graphs.md`)."""
+    many as the student itself asks for, and those at the borders (`docs/graphs.md`). `processing` is recorded in the files and in the manifest;
+    in a run it lies outside, since the data are what the student takes."""
 
     max_transposes: NonNegative | None = None
+    processing: Processing | None = None
+
+    def __post_init__(self) -> None:
+        if self.processing is not None and self.processing.inside:
+            raise ConfigError(
+                "in a run pre- and post-processing lie outside the file",
+                found="where = inside",
+                allowed='where = "outside"',
+                hint="wrap the networks, so that the data are raw; or build it in afterwards with edgekd.convert",
+                subject="processing",
+            )
 
 
 class Options(Record, tag="edgekd.options/1", frozen=True, kw_only=True):

@@ -33,6 +33,7 @@ _ENDINGS = {".onnx": "onnx", ".tflite": "tflite"}
 @click.option("--outputs", default="", help="The outputs to keep, with commas between; the others are cut with what only fed them. Default: all.")
 @click.option("--max-transposes", type=int, help="Refuse a file with more transpositions. Default for TFLite: those that MODEL asks for, and the borders.")
 @click.option("--channel-last", is_flag=True, help="For a torch module to TFLite: take and give images as NHWC.")
+@click.option("--processing", type=FILE, help="A TOML or JSON file: normalisation, softmax, nms, labels, each inside or outside the file.")
 @click.option("--environments", type=FOLDER, help="The folder of the converters' environments, as in `edgekd env --path`.")
 @click.option("--allow-divergence", is_flag=True, help="Write the file although a hop computes something else.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write, or a folder for a model of several files.")
@@ -53,6 +54,7 @@ def convert(
     outputs: str,
     max_transposes: int | None,
     channel_last: bool,
+    processing: Path | None,
     environments: Path | None,
     allow_divergence: bool,
     out: Path | None,
@@ -93,6 +95,7 @@ def convert(
         overrides=overrides,
         outputs=_names(outputs) or None,
         max_transposes=max_transposes,
+        processing=processing,
         options={"tflite-from-torch": {"channel_last": True}} if channel_last else None,
         iospec=None if iospec is None else IOSpec.load(iospec),
         environments=environments,

@@ -215,6 +215,7 @@ def bench(
 
 
 def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> None:
+    from edgekd.models.notes import shown_notes
     from edgekd.report.words import ms_text
     from edgekd.stats import min_samples
 
@@ -258,6 +259,8 @@ def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> Non
     )
     if result.note:
         click.echo(result.note)
+    for name, text in shown_notes(model).items():
+        click.echo(f"in the file: {name}: {text}")
     for rejected in taken.rejected:
         click.echo(f"launch {rejected.index} rejected: {rejected.invalid}")
     slowest = sorted(result.op_times, key=lambda item: -item.time_ns)[: max(0, ops)]

@@ -54,7 +54,7 @@ def module_bound(module: torch.nn.Module, inputs: Tensors, iospec: IOSpec) -> Bo
 
     permutes = crossings = 0
 
-    class Count(TorchDispatchMode):
+    class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Counts what moves axes. Weights of a linear layer are transposed by `t`, which is not counted."""
 
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -73,7 +73,7 @@ def module_bound(module: torch.nn.Module, inputs: Tensors, iospec: IOSpec) -> Bo
     torch.backends.mha.set_fastpath_enabled(False)  # one operator that hides the permutations of an encoder layer
     module.eval()
     try:
-        with torch.no_grad(), Count():
+        with torch.no_grad(), Count():  # type: ignore[no-untyped-call]
             module(*arguments)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,14 @@ import msgspec
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Target, Tensors
 from edgekd.conversion.bounds import check_limit, require_bound
-from edgekd.conversion.editing import edited
+from edgekd.conversion.editing import cut_spec, edited
 from edgekd.conversion.formats import FormatGraph, Route, load_graph
 from edgekd.conversion.inputs import CHANNEL_LAST, given_inputs, open_source, source_format
+from edgekd.conversion.processing import checked_processing, described, file_notes, load_processing, processed, require_range
 from edgekd.conversion.running import Options, Run, Say
 from edgekd.errors import ConfigError, ParityRejected
 from edgekd.parity.compare import first_bad_hop, require_parity
-from edgekd.records import Artifact, HopParity, IOSpec, Precision, QuantRecipe, Record
+from edgekd.records import Artifact, HopParity, IOSpec, Precision, Processing, QuantRecipe, Record
 from edgekd.storage import copy_file, folder_atomic
 
 if TYPE_CHECKING:
@@ -118,6 +120,7 @@ def convert(
     overrides: Sequence[str] = (),
     outputs: Sequence[str] | None = None,
     max_transposes: int | None = None,
+    processing: Processing | Path | str | None = None,
     iospec: IOSpec | None = None,
     options: Options | None = None,
     environments: Path | str | None = None,
@@ -136,7 +139,9 @@ def convert(
     `options` go to converters by name, for example `{"tflite-from-torch": {"channel_last": True}}`; `environments` is a folder as in
     `edgekd env --path`. `outputs` names the outputs that stay: the others go, with what only fed them. `max_transposes` bounds the operators
     that move a whole tensor in the file at the end; by default a TFLite file from a torch module or an ONNX file may hold as many as these ask
-    for, and those at the borders (`docs/graphs.md`). `progress` is a function of lines, or whether they go to standard error.
+    for, and those at the borders (`docs/graphs.md`). `processing` (a record, or a TOML or JSON file) says what lies before and behind the
+    network, and which parts are built into the file: `example` and `calibration` are then raw.
+    `progress` is a function of lines, or whether they go to standard error.
 
     Raises:
         ConfigError: no road exists or is ready, or an argument makes no sense. ModelError, DataError: the model or the inputs cannot be used.
@@ -151,8 +156,15 @@ def convert(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekd-convert-")))
         channel_last = any(values.get(CHANNEL_LAST) is True for values in own.values())
         source = open_source(model, kind, scratch / "source", iospec, example if example is not None else calibration, channel_last=channel_last)
+        told = None if processing is None else load_processing(processing)
+        if told is not None:
+            told = checked_processing(told, cut_spec(source.iospec, outputs), (kind, to))
+            source = replace(source, iospec=described(source.iospec, told, outputs=False))
         compared, compared_text = given_inputs(source, example, calibration, samples, seed)
         source = edited(source, outputs, scratch / "edited", compared)
+        if told is not None:
+            require_range(compared, told, "example" if example is not None else "calibration")
+            source = processed(source, told, scratch / "processed")
         wanted = source.precision if precision is None and to == kind and not via else Precision.FP32 if precision is None else precision
         graph = load_graph()
         passed_over: tuple[str, ...] = ()
@@ -179,6 +191,7 @@ def convert(
         run.inputs, run.inputs_text = compared, compared_text
         run.open_targets(stack, target, overrides)
         run.bound_transposes(max_transposes)
+        run.processing, run.file_notes = told, {} if told is None else file_notes(told)
         if calibration is not None:
             run.calibrate(calibration, scheme, method)
         made = run.convert(scratch)

@@ -36,7 +36,7 @@ def edited(source: Source, outputs: Sequence[str] | None, folder: Path, example:
     if outputs is not None and (isinstance(outputs, str) or not all(isinstance(name, str) for name in outputs)):
         raise ConfigError("outputs are named in a sequence of texts", found=repr(outputs), allowed='for example ("logits",)', subject="outputs")
     if outputs is not None:
-        source = replace(source, iospec=_kept_spec(source.iospec, outputs))
+        source = replace(source, iospec=cut_spec(source.iospec, outputs))
     if source.format == TORCH:
         return source if outputs is None else replace(source, module=_kept_module(source.module, source.iospec, example))
     if source.artifact is not None and source.format == Format.ONNX.value:
@@ -54,7 +54,14 @@ def edited(source: Source, outputs: Sequence[str] | None, folder: Path, example:
     )
 
 
-def _kept_spec(spec: IOSpec, outputs: Sequence[str]) -> IOSpec:
+def cut_spec(spec: IOSpec, outputs: Sequence[str] | None) -> IOSpec:
+    """The description with these outputs only.
+
+    Raises:
+        ConfigError: there is no output of a name, or one is fed back as an input.
+    """
+    if outputs is None:
+        return spec
     from edgekd.models.onnx_trim import check_outputs
 
     check_outputs(outputs, [tensor.name for tensor in spec.outputs])

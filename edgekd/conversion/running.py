@@ -13,10 +13,11 @@ from edgekd.contracts import CalibrationSet, ConvertRequest, Target, Tensors
 from edgekd.conversion.bounds import Bound, asked_bound, module_bound, onnx_bound, require_bound
 from edgekd.conversion.formats import HOST_PROFILES, TORCH, Route
 from edgekd.conversion.inputs import Source, refit
+from edgekd.conversion.processing import require_range
 from edgekd.errors import ConfigError, UnsupportedModel
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
 from edgekd.parity.graph import output_ranges
-from edgekd.records import Format, HopParity, Precision, QuantRecipe
+from edgekd.records import Format, HopParity, Precision, Processing, QuantRecipe
 
 Say = Callable[[str], None]
 Options = Mapping[str, Mapping[str, str | int | float | bool]]
@@ -36,6 +37,7 @@ class Run:
         self.recipe: QuantRecipe | None = None
         self.bound: Bound | None = None
         self.file_notes: Mapping[str, str] = {}
+        self.processing: Processing | None = None
 
     def open_targets(self, stack: ExitStack, target: Target | str | None, overrides: Sequence[str]) -> None:
         """Open, before anything is converted, what runs each format of the road."""
@@ -61,6 +63,8 @@ class Run:
 
         last = self.route.formats[-1]
         arrays = self.source.arrays(calibration, "calibration")
+        if self.processing is not None:
+            require_range(arrays, self.processing, "calibration")
         label = f"folder {Path(calibration).name}" if isinstance(calibration, (str, Path)) else "calibration"
         self.calibration = calibration_set(arrays, split=label)
         chosen = scheme

@@ -63,7 +63,8 @@ def _fold(model: Any, node: Any) -> None:
     epsilon = float(attributes["epsilon"].f) if "epsilon" in attributes else _EPSILON
     scale: _Doubles = gamma / np.sqrt(variance + epsilon)
     shift: _Doubles = beta - mean * scale
-    before, behind = links.makers.get(node.input[0]), links.readers.get(node.output[0], [])
+    before: Any = links.makers.get(node.input[0])
+    behind = links.readers.get(node.output[0], [])
     why_before = _before(links, node, before)
     if not why_before:
         _scale_outputs(model.graph, links, before, scale, shift)

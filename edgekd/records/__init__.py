@@ -42,6 +42,7 @@ from edgekd.records.outcome import (
     TensorParity,
     Verdict,
 )
+from edgekd.records.processing import InputProcessing, OutputProcessing, Processing
 from edgekd.records.profile import MeasureConfig, Profile, RuntimeConfig, TransportConfig
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "Grade",
     "HopParity",
     "IOSpec",
+    "InputProcessing",
     "Launch",
     "LaunchProtocol",
     "Ledger",
@@ -69,9 +71,11 @@ __all__ = [
     "Measurement",
     "OpTime",
     "Outcome",
+    "OutputProcessing",
     "Point",
     "Precision",
     "Probe",
+    "Processing",
     "Profile",
     "QuantRecipe",
     "Record",

@@ -11,7 +11,6 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
 from edgekd.errors import BudgetError, MeasurementInvalid, Rejected
 from edgekd.measuring.measure import Screened, Subject, calibrate_limits
-from edgekd.models.onnx_artifact import import_onnx
 from edgekd.records import Artifact, HopParity, LedgerRow, Limits, Point, Precision, QuantRecipe, Record
 from edgekd.steps.checks import check_splits, check_teacher
 from edgekd.steps.context import Context, checked_outputs, point, row, score
@@ -137,7 +136,7 @@ def _export_teacher(context: Context, folder: Path, rows: list[LedgerRow]) -> St
     if context.teacher.module is not None:
         return context.export(context.teacher.module, place)
     if isinstance(context.teacher, OnnxTeacher):
-        return import_onnx(context.teacher.path, place)
+        return context.take_onnx(context.teacher.path, place)
     rows.append(row(context, "baseline", "export the teacher", "skipped", "the teacher is a callable: it gives outputs, but cannot be measured on the target"))
     return None
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Callback, ConvertRequest, StudentSpace, Target, Task, Teacher, Tensors
+from edgekd.conversion.processing import checked_processing, described, file_notes, require_range
 from edgekd.conversion.toolchain import Toolchain, toolchain_of
 from edgekd.data import Split
 from edgekd.errors import ModelError
 from edgekd.measuring.measure import Screened, Subject, screen
-from edgekd.models.notes import labels_text
+from edgekd.models.notes import annotate, labels_text
+from edgekd.models.onnx_artifact import import_onnx
 from edgekd.operators.hop import spec_of
 from edgekd.options import Options
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
@@ -77,17 +81,33 @@ class Context:
 
     def iospec(self) -> IOSpec:
         """The inputs that the data have, with the batch bound to 1; outputs are filled in by the converter."""
-        return spec_of(self.validation.all(1).inputs)
+        return self._processed(spec_of(self.validation.all(1).inputs))
+
+    def _processed(self, spec: IOSpec) -> IOSpec:
+        """The description with normalization and value ranges, where the options say how the data were made."""
+        processing = self.options.convert.processing
+        if processing is None:
+            return spec
+        checked = checked_processing(msgspec.structs.replace(processing, outputs=()), spec, (self.toolchain.name,))
+        require_range(self.validation.all(self.options.parity_samples).inputs, checked, "validation data")
+        return described(spec, checked)
 
     def file_notes(self) -> dict[str, str]:
-        """What is known here and goes into every file: the labels of the classes, where the task has them."""
-        labels = self.task.describe().get("labels", "")
-        return {"labels": labels_text(labels.split("\n"))} if labels else {}
+        """What is known here and goes into every file: the processing outside it, and the labels of the classes, where the task or that has them."""
+        labels, processing = self.task.describe().get("labels", ""), self.options.convert.processing
+        notes = {} if processing is None else file_notes(processing)
+        return {**notes, "labels": labels_text(labels.split("\n"))} if labels else notes
 
     def export(self, source: Any, folder: Path) -> StoredArtifact:
         """A torch module as a float artifact in the target's format, with batch 1."""
         request = ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs, notes=self.file_notes())
         return self.toolchain.converter("exporter").convert(request)
+
+    def take_onnx(self, path: Path, folder: Path) -> StoredArtifact:
+        """A user's ONNX file as an artifact with the notes of this run, with batch 1."""
+        like = None if self.options.convert.processing is None else self.iospec()
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as work:
+            return annotate(import_onnx(path, Path(work), like=like), folder, self.file_notes())
 
     def hop(self, name: str, reference: Tensors, outputs: Tensors, precision: Precision, model: StoredArtifact | None = None) -> HopParity:
         """One hop compared on every output, with the task's agreement where outputs have the names and shapes of the reference.

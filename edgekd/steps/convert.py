@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -11,8 +10,6 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Tensors
 from edgekd.conversion.bounds import asked_bound, module_bound, require_bound
 from edgekd.errors import ParityRejected
-from edgekd.models.notes import annotate
-from edgekd.models.onnx_artifact import import_onnx
 from edgekd.parity.compare import BASE_DEPTH
 from edgekd.parity.faults import Run, diagnose
 from edgekd.parity.graph import depth_told
@@ -41,8 +38,7 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
     inputs = context.validation.all(samples).inputs
     if spec.kind == "fixed-onnx":
         source = getattr(context.space, "onnx")  # noqa: B009 - only the space Fixed of a file has it
-        with tempfile.TemporaryDirectory(prefix="edgekd-") as work:
-            model = annotate(import_onnx(source, Path(work)), place, context.file_notes())
+        model = context.take_onnx(source, place)
         bound = None
         from edgekd.teachers import OnnxTeacher
 
@@ -76,8 +72,11 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
 def _facts(model: StoredArtifact) -> dict[str, float | int | str | bool]:
     """What the ledger tells of the file's graph: the layout operators as counted, and what of batch norms was folded or left."""
     told = model.record.metadata
-    counts = {name: int(told[name]) for name in ("layout_ops", "transposes", "batch_norms_folded", "batch_normalizations") if name in told}
-    return {"opset": model.record.opset, **counts}
+    facts: dict[str, float | int | str | bool] = {"opset": model.record.opset}
+    for name in ("layout_ops", "transposes", "batch_norms_folded", "batch_normalizations"):
+        if name in told:
+            facts[name] = int(told[name])
+    return facts
 
 
 def _at_its_hop(context: Context, parity: HopParity, model: StoredArtifact, reference: Tensors, inputs: Tensors) -> HopParity:

@@ -38,7 +38,14 @@ def baseline_inputs(context: Context, facts: dict[str, Any]) -> dict[str, Any]:
     """For the baseline: it quantizes the teacher, unless the student is a file, whose quantization is the road itself."""
     options = context.options
     from_file = getattr(context.space, "onnx", None) is not None
-    return {**facts, "quantize": options.quantize, "parity": options.parity_samples, "extreme": options.allow_extreme, "file": from_file}
+    return {
+        **facts,
+        "processing": options.convert.processing,
+        "quantize": options.quantize,
+        "parity": options.parity_samples,
+        "extreme": options.allow_extreme,
+        "file": from_file,
+    }
 
 
 def search_inputs(context: Context, facts: dict[str, Any], baseline: BaselineOut) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from onnx import helper, numpy_helper
 
 from edgekd.bundle import open_bundle
 from edgekd.errors import ConfigError, DataError, InputError, ModelError
-from edgekd.options import Options
+from edgekd.models.notes import read_metadata
+from edgekd.options import ConvertOptions, Options
 from edgekd.quantize_only import quantize_only
-from edgekd.records import Budget, Outcome
+from edgekd.records import Budget, InputProcessing, Outcome, Precision, Processing
 from edgekd.result import Result
 from edgekd.target import connect
 from edgekd.tasks import Classification, Regression
@@ -228,3 +230,51 @@ def test_unknown_task_is_refused(task: str, tmp_path: Path) -> None:
 def test_given_task_needs_targets(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"targets\.npy"):
         run(tmp_path, home() / "data", task=Classification())
+
+
+# ------------------------------------------------------------------------------------------ what stands in the files
+
+
+def test_labels_and_normalisation_reach_the_deployed_file_the_manifest_and_the_ledger(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    np.save(data / "x.npy", np.load(home() / "data" / "x.npy"))
+    np.save(data / "targets.npy", classes())
+    part = InputProcessing(mean=(5.0,), std=(2.0,), value_range=(-40.0, 50.0))
+    outside = ConvertOptions(processing=Processing(inputs={"x": part}))
+    labels = ("cat", "dog", "owl")
+    result = run(tmp_path, data, task=Classification(labels=labels), options=Options(accept_simulated=True, convert=outside))
+    assert result.bundle is not None
+    bundle = open_bundle(result.bundle)
+    record = bundle.manifest.artifact
+    told = read_metadata(bundle.artifact.entry)
+    assert json.loads(told["labels"]) == json.loads(record.metadata["labels"]) == list(labels)
+    assert Processing.from_json(record.metadata["processing"]).inputs["x"] == part
+    assert (record.iospec.inputs[0].normalization, record.iospec.inputs[0].value_range) == ("mean=5 std=2", (-22.5, 22.5))
+    assert record.precision is Precision.INT8
+    assert json.loads(told["normalization"]) == {"x": "mean=5 std=2"}
+    converted = next(row for row in result.ledger.rows if row.stage == "convert")
+    assert (converted.details["transposes"], converted.details["layout_ops"]) == (0, 1)  # a Flatten
+
+
+def test_processing_that_contradicts_the_data_or_lies_inside_is_refused(tmp_path: Path) -> None:
+    pixels = ConvertOptions(processing=Processing(inputs={"x": InputProcessing(mean=(0.5,), std=(100.0,))}))
+    with pytest.raises(DataError, match="not normalised as the processing says"):
+        run(tmp_path, home() / "data", options=Options(accept_simulated=True, convert=pixels))
+    with pytest.raises(ConfigError, match="outside"):
+        ConvertOptions(processing=Processing(inputs={"x": InputProcessing(where="inside")}))
+
+
+def test_a_student_with_more_transpositions_than_allowed_is_refused(tmp_path: Path) -> None:
+    model = onnx.load(str(home() / "net.onnx"))
+    axes = list(reversed(range(len(model.graph.input[0].type.tensor_type.shape.dim))))
+    twice = [helper.make_node("Transpose", ["x"], ["x_turned"], perm=axes), helper.make_node("Transpose", ["x_turned"], ["x_back"], perm=axes)]
+    for node in model.graph.node:
+        node.input[:] = ["x_back" if name == "x" else name for name in node.input]
+    for node in reversed(twice):
+        model.graph.node.insert(0, node)
+    path = tmp_path / "turned.onnx"
+    onnx.save(model, str(path))
+    result = run(tmp_path, home() / "data", model=path, options=Options(accept_simulated=True, convert=ConvertOptions(max_transposes=1)))
+    assert result.verdict.outcome is Outcome.REFUSE
+    assert "2 transpositions" in result.verdict.reason + " ".join(check.reason for check in result.verdict.checks)
