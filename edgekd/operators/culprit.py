@@ -24,6 +24,9 @@ _CALLS = 4
 
 _NAMED = 3
 
+_LEAVES = "aten._local_scalar_dense"
+"""A value that leaves the graph and becomes a number of Python: where a converter blames no operator, it is this one."""
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -111,14 +114,12 @@ class _Search:
         layer = self.layers[path]
         owner = self.owner(path)
         lines, tokens = self.lines(path, owner)
-        new = [
-            name for name in dict.fromkeys(operator_name(token) for token in tokens if token not in self.passed) if name.startswith("aten.") or name in lines
-        ]
+        new = list(dict.fromkeys(operator_name(token) for token in tokens if token not in self.passed))
+        if not trouble.operator and _LEAVES in new and trouble.step == "convert":
+            new = [_LEAVES]
         suspects = [trouble.operator] if trouble.operator else new
         shown = ", ".join(suspects[:_NAMED]) + (f" and {len(suspects) - _NAMED} more" if len(suspects) > _NAMED else "")
-        line = (
-            next((lines[name] for name in lines if _same(name, trouble.operator)), "") if trouble.operator else (lines.get(new[0], "") if len(new) == 1 else "")
-        )
+        line = next((place for name, place in lines.items() if len(suspects) == 1 and _same(name, suspects[0])), "")
         return Culprit(
             module=path,
             kind=f"{type(layer).__module__}.{type(layer).__qualname__}",
