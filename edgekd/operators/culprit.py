@@ -14,7 +14,7 @@ from edgekd.identity.code_text import is_library
 from edgekd.operators.hop import Hop, Trouble, flat_call
 from edgekd.operators.replacements import replacement_for
 from edgekd.operators.report import Culprit
-from edgekd.operators.sets import OperatorWatch, dispatch_watch, module_kind, operator_name
+from edgekd.operators.sets import OperatorWatch, describe_call, dispatch_watch, module_kind, operator_name
 
 if TYPE_CHECKING:
     import torch
@@ -142,8 +142,6 @@ class _Search:
     def lines(self, path: str, owner: str) -> tuple[dict[str, str], list[str]]:
         """Operator to the line of the user's forward that leads to it, and the tokens of the part in order of use."""
         import torch
-
-        from edgekd.operators.sets import describe_call
 
         layer, places, tokens = self.layers[owner], dict[str, str](), list[str]()
         file = _file_of(layer)

@@ -65,7 +65,7 @@ REPLACEMENTS: tuple[Replacement, ...] = (
         "Fourier transform",
         _TFLITE,
         "for the real part of torch.fft.fft over n values: x @ torch.cos(2 * torch.pi * i * k / n), as a fixed matrix; the imaginary part with -sin",
-        operators=("aten._fft_c2c",),
+        operators=("aten._fft_c2c", "aten._fft_r2c"),
     ),
     Replacement(
         "as many values as there are",

@@ -41,7 +41,7 @@ class OperatorWatch:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
+        self._kinds = tuple(sorted({module_kind(layer) for layer in module.modules()}))  # the module itself is not held: there may be hundreds
         self.operators: set[str] = set()
         self._mode: Any = None
 
@@ -56,7 +56,7 @@ class OperatorWatch:
     @property
     def found(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The operators of the run and the kinds of all modules, each sorted."""
-        return tuple(sorted(self.operators)), tuple(sorted({module_kind(layer) for layer in self.module.modules()}))
+        return tuple(sorted(self.operators)), self._kinds
 
 
 def set_key(operators: Sequence[str], modules: Sequence[str]) -> str:
