@@ -23,7 +23,7 @@ def dispatch_watch(seen: Seen) -> Any:
     """A torch mode that calls `seen(operator, args, kwargs)` for every operator, then runs it."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         supports_higher_order_operators = True
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,7 +31,7 @@ def dispatch_watch(seen: Seen) -> Any:
             seen(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
-    return Watch()
+    return Watch()  # type: ignore[no-untyped-call]
 
 
 class OperatorWatch:
