@@ -14,7 +14,7 @@ from edgekd.identity.code_text import is_library
 from edgekd.operators.hop import Hop, Trouble, flat_call
 from edgekd.operators.replacements import replacement_for
 from edgekd.operators.report import Culprit
-from edgekd.operators.sets import OperatorWatch, dispatch_watch, module_kind, operator_name
+from edgekd.operators.sets import OperatorWatch, describe_call, dispatch_watch, module_kind, operator_name
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,9 @@ _CALLS = 4
 """So many calls of one module with different shapes are looked at."""
 
 _NAMED = 3
+
+_LEAVES = "aten._local_scalar_dense"
+"""A value that leaves the graph and becomes a number of Python: where a converter blames no operator, it is this one."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +114,12 @@ class _Search:
         layer = self.layers[path]
         owner = self.owner(path)
         lines, tokens = self.lines(path, owner)
-        new = [
-            name for name in dict.fromkeys(operator_name(token) for token in tokens if token not in self.passed) if name.startswith("aten.") or name in lines
-        ]
+        new = list(dict.fromkeys(operator_name(token) for token in tokens if token not in self.passed))
+        if not trouble.operator and _LEAVES in new and trouble.step == "convert":
+            new = [_LEAVES]
         suspects = [trouble.operator] if trouble.operator else new
         shown = ", ".join(suspects[:_NAMED]) + (f" and {len(suspects) - _NAMED} more" if len(suspects) > _NAMED else "")
-        line = (
-            next((lines[name] for name in lines if _same(name, trouble.operator)), "") if trouble.operator else (lines.get(new[0], "") if len(new) == 1 else "")
-        )
+        line = next((place for name, place in lines.items() if len(suspects) == 1 and _same(name, suspects[0])), "")
         return Culprit(
             module=path,
             kind=f"{type(layer).__module__}.{type(layer).__qualname__}",
@@ -141,8 +142,6 @@ class _Search:
     def lines(self, path: str, owner: str) -> tuple[dict[str, str], list[str]]:
         """Operator to the line of the user's forward that leads to it, and the tokens of the part in order of use."""
         import torch
-
-        from edgekd.operators.sets import describe_call
 
         layer, places, tokens = self.layers[owner], dict[str, str](), list[str]()
         file = _file_of(layer)

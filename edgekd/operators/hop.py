@@ -96,9 +96,9 @@ class Hop:
 
 
 def refusal(error: Rejected, module: torch.nn.Module) -> Trouble:
-    """A converter's refusal, with the operator that it blames, if any; a converter that knows none gives the class of the module."""
+    """A converter's refusal, with the operator that it blames, if any; one that knows none gives the module's class, or a line of code."""
     told = error.subject if isinstance(error.subject, str) else ""
-    return Trouble("convert", "" if told == type(module).__name__ else told, str(error.found or error.what))
+    return Trouble("convert", "" if told == type(module).__name__ or " " in told else told, str(error.found or error.what))
 
 
 def flat_call(layer: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Array]]:

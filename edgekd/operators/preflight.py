@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import StudentSpace, Target, Tensors
 from edgekd.conversion.toolchain import toolchain_of
@@ -71,8 +73,6 @@ def examine_sets(
     Raises:
         MissingDependency, DeviceError: the converter or the target cannot be used at all.
     """
-    import msgspec
-
     answers: list[OperatorSet] = []
     conversions = 0
     for item in sets:
@@ -110,8 +110,6 @@ def preflight(model_or_space: Any, *, target: Target, example: Any, seed: int = 
         ConfigError: the model is a file, or no module or space. DataError: the example cannot be used.
         MissingDependency, DeviceError: the converter or the target cannot be used at all.
     """
-    import msgspec
-
     from edgekd.search import describe_candidates
 
     space = _space(model_or_space)

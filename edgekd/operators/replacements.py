@@ -18,7 +18,69 @@ class Replacement(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-REPLACEMENTS: tuple[Replacement, ...] = ()
+_ONNX, _TFLITE, _BOTH = ("onnx",), ("tflite",), ("onnx", "tflite")
+
+REPLACEMENTS: tuple[Replacement, ...] = (
+    Replacement(
+        "control flow on values",
+        _BOTH,
+        "compute both branches and choose by torch.where(condition, a, b); give a loop a fixed number of steps",
+        operators=("aten._local_scalar_dense",),
+    ),
+    Replacement(
+        "mask written in place",
+        _BOTH,
+        "do not assign to scores[:, mask]: scores = scores.masked_fill(mask, -1e4)",
+        operators=("aten.index_put",),
+    ),
+    Replacement(
+        "projected LSTM",
+        _ONNX,
+        "nn.LSTM(inputs, hidden) without proj_size, then nn.Linear(hidden, proj_size) on its outputs",
+        kinds=("torch.nn.LSTM",),
+        settings=("proj_size",),
+    ),
+    Replacement(
+        "adaptive max pooling",
+        _BOTH,
+        "nn.MaxPool2d(kernel) whose kernel divides the size; x.amax((2, 3)) for one value per channel",
+        operators=("aten.adaptive_max_pool2d",),
+    ),
+    Replacement("median", _ONNX, "x.sort(dim).values, then select the middle one", operators=("aten.median", "aten.kthvalue")),
+    Replacement("cumulative product", _BOTH, "for positive values x.log().cumsum(dim).exp()", operators=("aten.cumprod", "prims.prod")),
+    Replacement(
+        "randomized ReLU",
+        _BOTH,
+        "nn.LeakyReLU((lower + upper) / 2), which is what nn.RReLU computes after training",
+        operators=("aten.rrelu_with_noise", "aten.rrelu_with_noise_functional"),
+    ),
+    Replacement("pairwise distances", _ONNX, "(a[:, :, None] - b[:, None]).square().sum(-1).sqrt() instead of torch.cdist", operators=("aten._cdist_forward",)),
+    Replacement(
+        "transposed convolution",
+        _TFLITE,
+        "nn.ConvTranspose2d(inputs, outputs, 2, stride=2) without padding, or F.interpolate(x, scale_factor=2) and a convolution",
+        kinds=("torch.nn.ConvTranspose2d",),
+    ),
+    Replacement(
+        "Fourier transform",
+        _TFLITE,
+        "for the real part of torch.fft.fft over n values: x @ torch.cos(2 * torch.pi * i * k / n), as a fixed matrix; the imaginary part with -sin",
+        operators=("aten._fft_c2c", "aten._fft_r2c"),
+    ),
+    Replacement(
+        "as many values as there are",
+        _TFLITE,
+        "keep the shape and use the mask as a factor: (x * mask).sum() instead of x[mask].sum()",
+        operators=("aten.nonzero", "aten.index", "aten.masked_select", "aten._unique2"),
+    ),
+    Replacement(
+        "resize with antialiasing",
+        _TFLITE,
+        'F.interpolate(..., mode="bilinear") without antialias=True, behind F.avg_pool2d where the image shrinks',
+        operators=("aten._upsample_bilinear2d_aa",),
+    ),
+    Replacement("embedding bag", _TFLITE, "nn.Embedding(...)(x).mean(1), or .sum(1)", operators=("aten._embedding_bag",)),
+)
 """In order: the first row that fits is taken."""
 
 

@@ -23,7 +23,7 @@ def dispatch_watch(seen: Seen) -> Any:
     """A torch mode that calls `seen(operator, args, kwargs)` for every operator, then runs it."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Watch(TorchDispatchMode):
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         supports_higher_order_operators = True
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,7 +31,7 @@ def dispatch_watch(seen: Seen) -> Any:
             seen(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
 
-    return Watch()
+    return Watch()  # type: ignore[no-untyped-call]
 
 
 class OperatorWatch:
@@ -41,7 +41,7 @@ class OperatorWatch:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
+        self._kinds = tuple(sorted({module_kind(layer) for layer in module.modules()}))  # the module itself is not held: there may be hundreds
         self.operators: set[str] = set()
         self._mode: Any = None
 
@@ -56,7 +56,7 @@ class OperatorWatch:
     @property
     def found(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The operators of the run and the kinds of all modules, each sorted."""
-        return tuple(sorted(self.operators)), tuple(sorted({module_kind(layer) for layer in self.module.modules()}))
+        return tuple(sorted(self.operators)), self._kinds
 
 
 def set_key(operators: Sequence[str], modules: Sequence[str]) -> str:

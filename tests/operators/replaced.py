@@ -1,0 +1,109 @@
+"""For every replacement: a network that is refused today, and one that does what the advice says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+IMAGES = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+STEPS = np.random.default_rng(1).standard_normal((2, 6, 8)).astype(np.float32)
+TOKENS = np.random.default_rng(2).integers(0, 10, (2, 5))
+LATER = torch.triu(torch.ones(6, 6, dtype=torch.bool), 1)
+WAVES = torch.cos(2 * torch.pi * torch.arange(8.0)[:, None] * torch.arange(8.0) / 8)
+
+
+class Own(nn.Module):
+    """A user's module with this forward and at most one layer."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.function = function
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x) if self.layer is None else self.function(x, self.layer)
+
+
+def masked(x: torch.Tensor) -> torch.Tensor:
+    scores = x @ x.transpose(1, 2)
+    scores[:, LATER] = -1e4
+    return torch.softmax(scores, -1) @ x
+
+
+def filled(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax((x @ x.transpose(1, 2)).masked_fill(LATER, -1e4), -1) @ x
+
+
+def projected() -> nn.Module:
+    return Own(lambda x, lstm: lstm(x)[0], nn.LSTM(8, 6, proj_size=3, batch_first=True))
+
+
+class Projection(nn.Module):
+    """An LSTM and a linear layer on its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 6, batch_first=True)
+        self.proj = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.proj(self.lstm(x)[0])
+        return y
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], np.ndarray[Any, Any], bool]] = {
+    "control flow on values": (
+        lambda: Own(lambda x: x * 2 if x.sum() > 0 else x * 3),
+        lambda: Own(lambda x: torch.where(x.sum() > 0, x * 2, x * 3)),
+        IMAGES,
+        True,
+    ),
+    "mask written in place": (lambda: Own(masked), lambda: Own(filled), STEPS, True),
+    "projected LSTM": (projected, Projection, STEPS, False),
+    "adaptive max pooling": (
+        lambda: Own(lambda x: F.adaptive_max_pool2d(x, 3)),
+        lambda: Own(lambda x: torch.cat([F.max_pool2d(x, 2).flatten(1), x.amax((2, 3))], 1)),
+        IMAGES,
+        False,
+    ),
+    "median": (lambda: Own(lambda x: x.median(1)[0]), lambda: Own(lambda x: x.sort(1).values[:, 2]), STEPS, True),
+    "cumulative product": (lambda: Own(lambda x: x.abs().cumprod(1)), lambda: Own(lambda x: x.abs().log().cumsum(1).exp()), STEPS, True),
+    "randomized ReLU": (lambda: nn.Sequential(nn.RReLU(0.1, 0.3)), lambda: nn.Sequential(nn.LeakyReLU(0.2)), IMAGES, True),
+    "pairwise distances": (
+        lambda: Own(lambda x: torch.cdist(x, x + 1)),
+        lambda: Own(lambda x: (x[:, :, None] - (x + 1)[:, None]).square().sum(-1).sqrt()),
+        STEPS,
+        True,
+    ),
+    "transposed convolution": (
+        lambda: Own(lambda x, up: up(x), nn.ConvTranspose2d(3, 4, 3, 2, 1, output_padding=1)),
+        lambda: nn.Sequential(nn.ConvTranspose2d(3, 3, 2, stride=2), Own(lambda x: F.interpolate(x, scale_factor=2)), nn.Conv2d(3, 4, 3)),
+        IMAGES,
+        False,
+    ),
+    "Fourier transform": (lambda: Own(lambda x: torch.fft.fft(x).real), lambda: Own(lambda x: x @ WAVES), STEPS, True),
+    "as many values as there are": (
+        lambda: Own(lambda x: x[x > 0].sum().reshape(1, 1)),
+        lambda: Own(lambda x: (x * (x > 0)).sum().reshape(1, 1)),
+        IMAGES,
+        True,
+    ),
+    "resize with antialiasing": (
+        lambda: Own(lambda x: F.interpolate(x, size=(5, 5), mode="bilinear", antialias=True)),
+        lambda: Own(lambda x: F.interpolate(F.avg_pool2d(x, 2), size=(5, 5), mode="bilinear")),
+        IMAGES,
+        False,
+    ),
+    "embedding bag": (
+        lambda: Own(lambda x, bag: bag(x), nn.EmbeddingBag(10, 4, mode="mean")),
+        lambda: Own(lambda x, table: table(x).mean(1), nn.Embedding(10, 4)),
+        TOKENS,
+        False,
+    ),
+}
+"""Row of the table to (refused, replaced, inputs, whether both compute the same)."""

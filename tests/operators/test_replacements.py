@@ -1,0 +1,72 @@
+"""Every row of the table of replacements is proven: what it is for is refused today, with this advice, and what it advises passes the preflight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgekd
+from edgekd.operators.replacements import REPLACEMENTS, Replacement, replacement_for
+from edgekd.target import LiveTarget
+
+pytest.importorskip("torch")
+import torch
+
+from edgekd.operators.hop import torch_outputs
+from tests.operators.replaced import CASES
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")]
+
+
+def rows_for(format: str) -> list[Replacement]:
+    return [row for row in REPLACEMENTS if format in row.formats]
+
+
+def local(name: str, folder: Path) -> LiveTarget:
+    return edgekd.connect(name, overrides=(f"transport.workdir={folder / 'device'}", f"runtime.options.lock={folder / 'lock'}"))
+
+
+def check(row: Replacement, target: LiveTarget) -> None:
+    refused, replaced, inputs, _ = CASES[row.name]
+    torch.manual_seed(0)
+    (item,) = edgekd.preflight(refused(), target=target, example=inputs).sets
+    assert item.culprit is not None, "it is converted today: the row is not needed any more"
+    assert item.culprit.replacement == row.advice, item.culprit
+    (item,) = edgekd.preflight(replaced(), target=target, example=inputs).sets
+    assert item.passed, item.culprit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", rows_for("onnx"), ids=lambda row: row.name)
+def test_replacement_passes_where_the_original_is_refused_on_onnxruntime(row: Replacement, tmp_path: Path) -> None:
+    with local("local", tmp_path) as target:
+        check(row, target)
+
+
+@pytest.mark.environments
+@pytest.mark.parametrize("row", rows_for("tflite"), ids=lambda row: row.name)
+def test_replacement_passes_where_the_original_is_refused_on_litert(row: Replacement, tmp_path: Path) -> None:
+    with local("litert-local", tmp_path) as target:
+        check(row, target)
+
+
+def test_every_row_has_a_case_and_every_case_a_row() -> None:
+    assert {row.name for row in REPLACEMENTS} == set(CASES)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[3]])
+def test_replacement_computes_the_same(name: str) -> None:
+    refused, replaced, inputs, _ = CASES[name]
+    outputs = [torch_outputs(make().eval(), {"x": inputs})["output"] for make in (refused, replaced)]
+    np.testing.assert_allclose(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("told", ["aten.cumprod", "aten::cumprod", "aten.cumprod.default", "torch.ops.aten.cumprod.default", "aten.cumprod_"])
+def test_an_operator_is_known_in_any_spelling(told: str) -> None:
+    assert "cumsum" in replacement_for([told], "own.Net", "onnx")
+    assert replacement_for(["aten.relu"], "own.Net", "onnx") == ""
+    assert replacement_for([], "torch.nn.LSTM(batch_first)", "onnx") == ""
+    assert "nn.Linear" in replacement_for([], "torch.nn.LSTM(batch_first, proj_size)", "onnx")
+    assert replacement_for([], "torch.nn.LSTM(batch_first, proj_size)", "tflite") == ""
