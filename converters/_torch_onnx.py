@@ -11,7 +11,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConversionRejected, DataError, MissingDependency, ModelError
-from edgekd.models.onnx_file import BATCH, PROTO_LIMIT, depth_of, iospec_of, opset_of, require_onnx, write_model
+from edgekd.models.onnx_file import BATCH, PROTO_LIMIT, depth_of, iospec_of, note_state, opset_of, require_onnx, write_model
 from edgekd.records import Format, IOSpec, Precision
 from edgekd.tree import flatten_outputs
 
@@ -130,6 +130,7 @@ def store_exported(
             subject=converter,
         )
     iospec = IOSpec(inputs=iospec.inputs, outputs=iospec.outputs, state=iospec.state, static_binding={} if dynamic else {**iospec.static_binding, BATCH: 1})
+    note_state(proto, iospec.state)
     extra = write_model(proto, request.folder, _ENTRY, limit=PROTO_LIMIT)
     return store_artifact(
         request.folder,

@@ -10,7 +10,19 @@ from typing import Any
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, ConvertRequest, Infer, Tensors
 from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError, near_names
-from edgekd.models.onnx_file import count_ops, depth_of, float_tensors, iospec_of, load_model, name_nodes, opset_of, require_onnx, strip_notes, write_model
+from edgekd.models.onnx_file import (
+    count_ops,
+    depth_of,
+    float_tensors,
+    iospec_of,
+    load_model,
+    name_nodes,
+    note_state,
+    opset_of,
+    require_onnx,
+    strip_notes,
+    write_model,
+)
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import observe
 from edgekd.records import Format, Precision
@@ -78,6 +90,7 @@ class OnnxFp16FromOnnx:
             if not _has_half(made):
                 raise ConversionRejected("nothing in this model becomes float16", found=f"{len(pins.reasons)} nodes stay in float32", subject=self.name)
             folder = Path(work) / "made"
+            note_state(made, source.record.iospec.state)
             extra = write_model(made, folder, _ENTRY)
             stored = store_artifact(
                 folder,

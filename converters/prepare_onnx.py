@@ -20,6 +20,7 @@ from edgekd.models.onnx_file import (
     load_model,
     name_nodes,
     nodes_of,
+    note_state,
     opset_of,
     require_onnx,
     strip_notes,
@@ -84,6 +85,7 @@ class PrepareOnnx:
         touched = {name for node in nodes if node.op_type in kinds for name in (*node.inputs, *node.outputs)}
         floats = float_tensors(prepared)
         tensors = {name: size for name, size in floats.items() if name in touched}
+        note_state(prepared, source.record.iospec.state)
         extra = write_model(prepared, request.folder, _ENTRY)
         return store_artifact(
             request.folder,

@@ -13,7 +13,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, near_names
-from edgekd.models.onnx_file import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, opset_of, require_onnx, write_model
+from edgekd.models.onnx_file import count_ops, depth_of, iospec_of, load_model, name_nodes, nodes_of, note_state, opset_of, require_onnx, write_model
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import observe
 from edgekd.quantize.recipes import SCHEMES
@@ -90,6 +90,7 @@ class QdqFromOnnx:
             )
         name_nodes(model)
         placed = check_placement(model, placement) if placement is not None else {}
+        note_state(model, prepared.record.iospec.state)
         extra = write_model(model, request.folder, _ENTRY)
         kept = ("prepared", "prepared_reason", "upgraded_from_opset")
         return store_artifact(

@@ -138,7 +138,8 @@ class BenchmarkRequest:
     `models` maps a label to its artifact; `inputs` maps a label to at least one sample per input, `(rotation, ...)` with the
     sample axis first; each timed inference takes one sample with a batch axis of 1. A model with state (`IOSpec.state`) is timed step by step: what an
     output gives is the input of its pair at the next inference. It starts from the first sample given for that input, from zero where none is.
-    `first_index` numbers the launches. Two requests with different `nonce` are never the same job: a runtime that takes over the job of a killed host does so for an equal request only.
+    `first_index` numbers the launches. Two requests with different `nonce` are never the same job: a runtime that takes over the job of a killed
+    host does so for an equal request only.
     """
 
     models: Mapping[str, StoredArtifact]

@@ -5,21 +5,25 @@ onnx is imported when a function is called, so that the module itself costs noth
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.errors import MissingDependency, ModelError, near_names
-from edgekd.records import Format, IOSpec, Precision, TensorSpec
+from edgekd.records import Format, IOSpec, Precision, StatePair, TensorSpec
 from edgekd.storage import sha256_bytes, sha256_file, write_atomic
 
 BATCH = "batch"
 """The name given to a dynamic first axis that the file leaves without one."""
+
+STATE = "edgekd.state"
+"""The metadata of a file that tells its state: JSON, input to the output that it is at the next step."""
 
 PROTO_LIMIT = 2**31 - 2**20
 """Bytes above which the weights go to a file of their own; a protobuf message ends at 2 GiB."""
@@ -144,8 +148,34 @@ def _tensor_spec(onnx: Any, item: Any, like: TensorSpec | None) -> TensorSpec:
     )
 
 
+def note_state(model: Any, state: Sequence[StatePair]) -> None:
+    """Write into the file, in place, which outputs are which inputs at the next step, so that it tells its state by itself."""
+    kept = [item for item in model.metadata_props if item.key != STATE]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    if state:
+        model.metadata_props.add(key=STATE, value=json.dumps({pair.input: pair.output for pair in state}))
+
+
+def noted_state(model: Any) -> tuple[StatePair, ...]:
+    """The state that `note_state` wrote into a file; none where nothing is noted.
+
+    Raises:
+        ModelError: the note is no JSON object of texts.
+    """
+    texts = [item.value for item in model.metadata_props if item.key == STATE]
+    try:
+        found = json.loads(texts[0]) if texts else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(output, str) for output in found.values()):
+        raise ModelError(f"the note {STATE!r} in the ONNX file cannot be read", found=texts[0][:200], hint="export it again", subject=STATE)
+    return tuple(StatePair(output=output, input=name) for name, output in found.items())
+
+
 def iospec_of(model: Any, like: IOSpec | None = None) -> IOSpec:
-    """What the file takes and gives. Layout, range, state and binding, which a file does not tell, come from `like` by name.
+    """What the file takes and gives. Layout, range and binding, which a file does not tell, come from `like` by name; so does the state, of which
+    without `like` the file's own note tells.
 
     Raises:
         ModelError: a tensor has no shape or holds text.
@@ -155,7 +185,8 @@ def iospec_of(model: Any, like: IOSpec | None = None) -> IOSpec:
     hints = {tensor.name: tensor for tensor in (*like.inputs, *like.outputs)} if like else {}
     inputs = tuple(_tensor_spec(onnx, item, hints.get(item.name)) for item in model.graph.input if item.name not in weights)
     outputs = tuple(_tensor_spec(onnx, item, hints.get(item.name)) for item in model.graph.output)
-    return IOSpec(inputs=inputs, outputs=outputs, state=like.state if like else (), static_binding=dict(like.static_binding) if like else {})
+    state = like.state if like else noted_state(model)
+    return IOSpec(inputs=inputs, outputs=outputs, state=state, static_binding=dict(like.static_binding) if like else {})
 
 
 def bind_axes(model: Any, binding: Mapping[str, int]) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
 
 from edgekd.artifact import StoredArtifact, store_artifact
+from edgekd.models.tflite_artifact import read_notes
 from edgekd.models.tflite_file import depth_of, iospec_of, load_model, precision_of, read_graph
 from edgekd.records import Format, IOSpec, TensorSpec
 from edgekd.storage import copy_file
@@ -18,7 +20,7 @@ _BATCH = "batch"
 def take_tflite(path: Path, folder: Path) -> StoredArtifact:
     """The file as an artifact `model.tflite` in `folder`, byte for byte; an open first axis counts as 1, which it is in the file.
 
-    Inputs and outputs go by the names in the first signature, or by those of the tensors where there is none.
+    What edgekd noted in it of its state is kept. Inputs and outputs go by the names in the first signature, or by those of the tensors where there is none.
 
     Raises:
         ModelError: the file is missing, cut off or no TFLite model, two of its inputs or outputs share a name, or another axis is open.
@@ -27,7 +29,9 @@ def take_tflite(path: Path, folder: Path) -> StoredArtifact:
     model = load_model(path)
     graph = read_graph(model)
     found = iospec_of(graph)
-    spec = IOSpec(inputs=tuple(map(_one_sample, found.inputs)), outputs=tuple(map(_one_sample, found.outputs)))
+    noted = read_notes(model).get("iospec")
+    state = IOSpec.from_json(json.dumps(noted), source=f"the notes in {path}").state if noted else ()
+    spec = IOSpec(inputs=tuple(map(_one_sample, found.inputs)), outputs=tuple(map(_one_sample, found.outputs)), state=state)
     for tensor in spec.inputs:
         tensor.sizes({})
     copy_file(path, folder / _ENTRY)
