@@ -89,6 +89,7 @@ def _export(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], inputs
     shapes = (tuple({0: batch} for _ in arguments),) if dynamic else None
     with captured(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights", category=UserWarning)  # how torch's recurrent layers list theirs
         warnings.filterwarnings("ignore", message=r"# The axis name: batch will not be used", category=UserWarning)
         try:
             program = torch.onnx.export(

@@ -23,6 +23,7 @@ from edgekd.records import Format, IOSpec, Precision, QuantRecipe
 
 from ._litert import blame, host_infer, quiet
 from ._onnx_io import versions
+from ._tflite_outputs import separate_outputs
 
 Ranges = Mapping[str, tuple[float, float]]
 
@@ -80,6 +81,11 @@ class QuantizedTfliteFromTflite:
         data = pack_model(model)
         uses = {scheme, *(request.recipe.op_rules.values() if request.recipe else ())}
         ranges, how = _ranges(request, quantizer, data, graph, rules, renamed=bool(changed)) if "static_int8" in uses else (None, "none")
+        if ranges is not None:
+            separated = separate_outputs(model)
+            ranges = {**ranges, **{name: ranges[repeated] for name, repeated in separated.items() if repeated in ranges}}
+            if separated:
+                graph, data = read_graph(model), pack_model(model)
         made = parse_model(_quantized(quantizer, data, rules, None if ranges is None else _as_results(graph, ranges)))
         _restore_signature(model, made)
         counts = _check(graph, read_graph(made), scheme)

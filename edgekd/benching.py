@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from edgekd.contracts import Array, Target
@@ -50,6 +51,14 @@ def random_inputs(iospec: IOSpec, *, samples: int, seed: int) -> dict[str, Array
     return out
 
 
+def step_spec(iospec: IOSpec) -> IOSpec:
+    """What has to be given at every step: the model without its state."""
+    if not iospec.state:
+        return iospec
+    fed = iospec.step_inputs
+    return msgspec.structs.replace(iospec, inputs=tuple(tensor for tensor in iospec.inputs if tensor.name in fed), state=())
+
+
 def bench(
     model: Path | str,
     *,
@@ -61,6 +70,8 @@ def bench(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> BenchResult:
     """How long a model takes on a target now, with everything needed to trust the number. `inputs` is a folder of `.npy` arrays.
+
+    `model` is a file, or a folder with `artifact.json`. One with state is measured step by step, its state fed back from zero.
 
     Raises:
         ModelError, DataError: the file or the inputs cannot be used.
@@ -75,7 +86,8 @@ def bench(
         artifact = import_model(Path(model), Path(name))
         iospec = artifact.record.iospec
         rotation = target.profile.measure.verdict.launch.rotation
-        samples = random_inputs(iospec, samples=rotation, seed=seed) if inputs is None else load_inputs(Path(inputs), iospec)
+        given = step_spec(iospec)
+        samples = random_inputs(given, samples=rotation, seed=seed) if inputs is None else load_inputs(Path(inputs), given)
         support = target.runtime.supports(artifact)
         if not support.supported:
             raise UnsupportedModel(

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgekd.contracts import Array, Target, Task
 from edgekd.data import Arrays
-from edgekd.errors import ConfigError, DataError, near_names
+from edgekd.errors import ConfigError, DataError, ModelError, near_names
 from edgekd.models.onnx_artifact import import_onnx
 from edgekd.npy import load_inputs, read_array
 from edgekd.options import Options
@@ -56,6 +56,13 @@ def quantize_only(
     source = Path(model)
     with tempfile.TemporaryDirectory(prefix="edgekd-") as name:
         iospec = import_onnx(source, Path(name)).record.iospec
+    if iospec.state:
+        raise ModelError(
+            f"the input {iospec.state_inputs[0]!r} is a state, and a model with state is not compressed here",
+            found=", ".join(iospec.state_inputs),
+            hint="make its int8 by `edgekd convert`, and measure it by `edgekd bench`",
+            subject=iospec.state_inputs[0],
+        )
     inputs = load_inputs(Path(data), iospec)
     count = len(next(iter(inputs.values())))
     if count < _FEWEST:

@@ -385,7 +385,7 @@ def _proven(found: Tensors, whole: Tensors, shorter: Tensors, squeezed: Mapping[
     for name, reference in expected.items():
         steps = reference.shape[1]
         errors = np.abs(reference.astype(np.float64) - compared[name]).reshape(len(reference), steps, -1).max(axis=(0, 2))
-        largest = max(float(np.abs(reference).max()), np.finfo(np.float32).tiny)
+        largest = max(float(np.abs(reference).max()), float(np.finfo(np.float32).tiny))
         bad = np.flatnonzero(~(errors <= tolerance * largest))
         if bad.size:
             at = int(bad[0])

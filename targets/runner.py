@@ -408,7 +408,8 @@ def run_infer(job: dict[str, Any], folder: str) -> bool:
     arrays, state, steps = load_arrays(job["inputs"]), job.get("state", {}), job.get("steps", 1)
     arrays.update({name: numpy.repeat(arrays[name][:1], max(map(len, arrays.values())), axis=0) for name in state})
     feeds, batch, samples = make_feeds(backend.inputs, arrays)
-    places, held = fed_back(state, job["outputs"]), {}
+    places = fed_back(state, job["outputs"])
+    held: dict[str, Any] = {}
     batched = any(len(shape) == arrays[name].ndim for name, shape in backend.inputs)
     parts: dict[str, list[Any]] = {name: [] for name in job["outputs"]}
     for index, feed in enumerate(feeds):

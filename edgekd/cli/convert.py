@@ -27,6 +27,7 @@ _ENDINGS = {".onnx": "onnx", ".tflite": "tflite"}
 @click.option("--inputs", type=FOLDER, help="A folder with NAME.npy for each input, to compare hops on. Default: those of --calibration, else random.")
 @click.option("--via", default="", help="Converters or formats that the road must pass, in order, with commas between.")
 @click.option("--plan", is_flag=True, help="List the roads, best first, with what is missing for each, and stop.")
+@click.option("--fastest", is_flag=True, help="Convert by every road that is ready, measure them in turn on --target, and keep the fastest that is right.")
 @click.option("--scheme", help="For int8: the quantization scheme. Default: the first of the target that runs the last format.")
 @click.option("--method", type=click.Choice(["minmax", "percentile", "entropy", "mse"]), default="minmax", show_default=True, help="How ranges are taken.")
 @click.option("--iospec", type=FILE, help="For a Keras file or a SavedModel: a JSON file that says what it takes and gives.")
@@ -48,6 +49,7 @@ def convert(
     inputs: Path | None,
     via: str,
     plan: bool,
+    fastest: bool,
     scheme: str | None,
     method: str,
     iospec: Path | None,
@@ -65,7 +67,7 @@ def convert(
     """Convert MODEL, with its batch bound to 1, by the best road that is ready here; every hop is compared.
 
     MODEL is a file (.onnx, .tflite, .keras), a SavedModel folder, or MODULE:NAME of a torch module or a function that makes it. Makes no claim
-    about latency or accuracy: `edgekd bench` and `edgekd compress` do. Nothing is written when a hop computes something else.
+    about latency or accuracy, but with --fastest: `edgekd bench` and `edgekd compress` do. Nothing is written when a hop computes something else.
     """
     steps = _names(via)
     if plan:
@@ -81,6 +83,24 @@ def convert(
     from edgekd.records import IOSpec
 
     source: Any = named_object(model) if _is_named(model) else Path(model)
+    if fastest:
+        if target is None or steps or allow_divergence:
+            raise click.UsageError("--fastest needs --target, and goes with neither --via nor --allow-divergence")
+        return _fastest(
+            source,
+            to_format or _to(out) or source_format(source),
+            as_json,
+            precision=precision or "fp32",
+            calibration=calibration,
+            example=inputs,
+            out=out,
+            scheme=scheme,
+            method=method,
+            target=target,
+            overrides=overrides,
+            iospec=None if iospec is None else IOSpec.load(iospec),
+            environments=environments,
+        )
     made = edgekd.convert(
         source,
         to_format or _to(out) or source_format(source),
@@ -106,6 +126,34 @@ def convert(
         print_json(made.to_builtins())
     else:
         _print(made)
+    return 0
+
+
+def _fastest(source: Any, to: str, as_json: bool, **given: Any) -> int:
+    """Convert by every road, print what each took, then what was kept."""
+    from edgekd.conversion.fastest import fastest
+    from edgekd.report.words import ms_text
+
+    found = fastest(source, to, progress=say, **given)
+    if as_json:
+        print_json(found.to_builtins())
+        return 0
+    if found.simulated:
+        click.echo(f"SIMULATED ({found.simulated}): these times come from no device")
+    rows = [
+        (
+            " -> ".join(road.route),
+            road.outcome,
+            "-" if road.latency_ms is None else ms_text(road.latency_ms),
+            "-" if road.lower_ms is None or road.upper_ms is None else f"{ms_text(road.lower_ms)} to {ms_text(road.upper_ms)}",
+            "-" if road.size_bytes is None else str(road.size_bytes),
+            road.reason or "-",
+        )
+        for road in found.roads
+    ]
+    title = f"Roads to {to}, p{found.percentile:g} on {found.target}, inputs {found.inputs}"
+    print_table(title, ("road", "result", "latency", "99 % bounds", "bytes", "why"), rows, numeric=(2, 4))
+    _print(found.conversion)
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgekd.cli.common import FILE, FOLDER, json_option, launch_progress, print_json, print_table, say, set_option, target_option
+from edgekd.cli.common import FOLDER, json_option, launch_progress, print_json, print_table, say, set_option, target_option
 from edgekd.cli.env import print_environments
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def profile_show(name: str, overrides: tuple[str, ...], as_json: bool) -> int:
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=click.Path(path_type=Path))
 @target_option()
 @set_option
 @click.option("--percentile", type=float, default=50.0, show_default=True, help="A percentile to print beside p50, p90 and p99.")
@@ -198,7 +198,10 @@ def bench(
     ops: int,
     as_json: bool,
 ) -> int:
-    """Measure the latency of MODEL (.onnx or .tflite) on a target. Exits 2 when the measurement is not valid."""
+    """Measure the latency of MODEL (.onnx, .tflite, or a folder with artifact.json) on a target. Exits 2 when the measurement is not valid.
+
+    A model with state is measured per step, its state fed back.
+    """
     from edgekd.benching import bench as run_bench
     from edgekd.errors import EXIT_PASS, EXIT_REFUSE
     from edgekd.target import connect
@@ -208,10 +211,22 @@ def bench(
         result = run_bench(model, target=live, percentile=percentile, inputs=inputs, seed=seed, verdict_grade=verdict_grade, progress=launch_progress)
     if as_json:
         measurement = result.measurement.to_builtins()
-        print_json({"summary_ms": result.summary, "measurement": measurement, "op_times": [item.to_builtins() for item in result.op_times]})
+        print_json(
+            {
+                "summary_ms": result.summary,
+                "state": list(result.iospec.state_inputs),
+                "measurement": measurement,
+                "op_times": [item.to_builtins() for item in result.op_times],
+            }
+        )
     else:
         _print_bench(model, result, ops, "random (seeded)" if inputs is None else str(inputs))
     return EXIT_PASS if result.measurement.valid else EXIT_REFUSE
+
+
+def _what(result: BenchResult) -> str:
+    state = result.iospec.state_inputs
+    return f"per step, state fed back ({', '.join(state)})" if state else "one inference"
 
 
 def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> None:
@@ -228,7 +243,7 @@ def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> Non
         click.echo(f"INVALID: {taken.reason}; the numbers below say nothing about the model")
     if result.summary:
         print_table(
-            f"Latency of {model.name}, one inference, end to end",
+            f"Latency of {model.name}, {_what(result)}, end to end",
             ("clock", "latency"),
             [
                 (name, ms_text(value) + ("" if samples >= min_samples(float(name[1:])) else " (too few samples)"))

@@ -14,7 +14,7 @@ import msgspec
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import BenchmarkRequest, Target, Tensors
-from edgekd.errors import InputError, RunnerFailed
+from edgekd.errors import InputError, RunnerFailed, UnsupportedModel
 from edgekd.measuring.validity import validity_reason
 from edgekd.records import Grade, Launch, LaunchProtocol, Limits, Measurement, Record
 from edgekd.storage import sha256_bytes
@@ -63,10 +63,20 @@ def by_label(subjects: Sequence[Subject]) -> dict[str, Subject]:
 class Bench:
     """Runs blocks of launches of some subjects on a target under one protocol and keeps every launch, valid or rejected.
 
-    A launch is rejected by its own facts only (`validity.validity_reason`); its label plays no part.
+    A launch is rejected by its own facts only (`validity.validity_reason`); its label plays no part. A model with state is refused (`UnsupportedModel`)
+    where the target does not feed it back.
     """
 
     def __init__(self, target: Target, subjects: Mapping[str, Subject], protocol: LaunchProtocol, limits: Limits, seed: int, nonce: str = "") -> None:
+        for subject in subjects.values():
+            state = subject.artifact.record.iospec.state_inputs
+            if state and not target.capabilities.state:
+                raise UnsupportedModel(
+                    f"the input {state[0]!r} of {subject.label!r} is a state, and the target {target.name!r} does not feed a state back",
+                    found=", ".join(state),
+                    hint="measure it on a target whose runtime does",
+                    subject=state[0],
+                )
         self.target = target
         self.subjects = subjects
         self.protocol = protocol

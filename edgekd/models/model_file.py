@@ -6,7 +6,9 @@ from pathlib import Path
 
 from edgekd.artifact import StoredArtifact
 from edgekd.errors import ModelError
-from edgekd.records import Format
+from edgekd.records import Artifact, Format
+
+_STORED = "artifact.json"
 
 
 def format_of(path: Path) -> Format:
@@ -28,12 +30,18 @@ def format_of(path: Path) -> Format:
 
 
 def import_model(path: Path, folder: Path) -> StoredArtifact:
-    """The file as an artifact in `folder`, checked; an open first axis is bound to 1.
+    """The file as an artifact in `folder`, checked; an open first axis is bound to 1. A folder with `artifact.json` is an artifact already.
 
     Raises:
-        ModelError: the file is no model, or has another axis without a size.
+        ModelError: the file is no model, or has another axis without a size; a folder holds no artifact. BundleError: its files were changed.
         MissingDependency: the package that reads this format is missing.
     """
+    if path.is_dir():
+        if not (path / _STORED).is_file():
+            raise ModelError(f"the folder {path} holds no artifact", allowed=f"a model file, or a folder with {_STORED}", subject=path)
+        stored = StoredArtifact(Artifact.load(path / _STORED), path)
+        stored.verify()
+        return stored
     if format_of(path) is Format.TFLITE:
         from edgekd.models.tflite_import import take_tflite
 

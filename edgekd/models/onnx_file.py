@@ -21,6 +21,7 @@ from edgekd.storage import sha256_bytes, sha256_file, write_atomic
 BATCH = "batch"
 """The name given to a dynamic first axis that the file leaves without one."""
 
+
 PROTO_LIMIT = 2**31 - 2**20
 """Bytes above which the weights go to a file of their own; a protobuf message ends at 2 GiB."""
 
@@ -160,7 +161,7 @@ def _tensor_spec(onnx: Any, item: Any, like: TensorSpec | None) -> TensorSpec:
 
 
 def iospec_of(model: Any, like: IOSpec | None = None) -> IOSpec:
-    """What the file takes and gives. Layout, range, state and binding, which a file does not tell, come from `like` by name.
+    """What the file takes and gives. Layout, range, binding and state, which the graph does not tell, come from `like` by name.
 
     Raises:
         ModelError: a tensor has no shape or holds text.
@@ -170,7 +171,8 @@ def iospec_of(model: Any, like: IOSpec | None = None) -> IOSpec:
     hints = {tensor.name: tensor for tensor in (*like.inputs, *like.outputs)} if like else {}
     inputs = tuple(_tensor_spec(onnx, item, hints.get(item.name)) for item in model.graph.input if item.name not in weights)
     outputs = tuple(_tensor_spec(onnx, item, hints.get(item.name)) for item in model.graph.output)
-    return IOSpec(inputs=inputs, outputs=outputs, state=like.state if like else (), static_binding=dict(like.static_binding) if like else {})
+    state = like.state if like else ()
+    return IOSpec(inputs=inputs, outputs=outputs, state=state, static_binding=dict(like.static_binding) if like else {})
 
 
 def bind_axes(model: Any, binding: Mapping[str, int]) -> Any:

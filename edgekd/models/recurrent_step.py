@@ -73,7 +73,7 @@ STEPS: Mapping[type[nn.Module], type[nn.Module]] = {nn.LSTM: StepLSTM, nn.GRU: S
 
 def make_step(layer: nn.RNNBase, *, written: bool) -> None:
     """Turn a layer of one of the kinds in `STEPS`, in place, into one that has its state in a slot; `written`: as matrix products."""
-    layer.__class__ = STEPS[type(layer)]
+    layer.__class__ = STEPS[type(layer)]  # type: ignore[assignment]
     vars(layer)["slot"], vars(layer)["written_out"] = Slot(), written
 
 

@@ -21,7 +21,7 @@ _BATCH = "batch"
 def take_tflite(path: Path, folder: Path) -> StoredArtifact:
     """The file as an artifact `model.tflite` in `folder`, byte for byte; an open first axis counts as 1, which it is in the file.
 
-    Inputs and outputs go by the names in the first signature, or by those of the tensors where there is none.
+    What edgekd noted in it of its state is kept. Inputs and outputs go by the names in the first signature, or by those of the tensors where there is none.
 
     Raises:
         ModelError: the file is missing, cut off or no TFLite model, two of its inputs or outputs share a name, or another axis is open.
@@ -31,7 +31,7 @@ def take_tflite(path: Path, folder: Path) -> StoredArtifact:
     graph = read_graph(model)
     noted = read_notes(model)
     found = iospec_of(graph, noted_iospec(noted, path))
-    spec = IOSpec(inputs=tuple(map(_one_sample, found.inputs)), outputs=tuple(map(_one_sample, found.outputs)))
+    spec = IOSpec(inputs=tuple(map(_one_sample, found.inputs)), outputs=tuple(map(_one_sample, found.outputs)), state=found.state)
     for tensor in spec.inputs:
         tensor.sizes({})
     copy_file(path, folder / _ENTRY)

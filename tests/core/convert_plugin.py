@@ -61,6 +61,56 @@ class LinearToSavedModel(Copy):
         return store_artifact(request.folder, "saved_model.pb", format=Format.SAVED_MODEL, precision=Precision.FP32, iospec=request.iospec)
 
 
+class LinearToOnnx(LinearToSavedModel):
+    """A torch.nn.Linear as an ONNX file; `extra` operators that change nothing make it slower, `scale` makes it wrong."""
+
+    name, source, target = "fake-onnx-from-linear", "torch", "onnx"
+    extra, scale = 0, 1.0
+
+    def convert(self, request):
+        import onnx
+
+        (x,), (y,) = request.iospec.inputs, request.iospec.outputs
+        weight, bias = [item.detach().numpy() for item in request.source.parameters()]
+        names = ["linear", *(f"more_{number}" for number in range(self.extra))]
+        nodes = [onnx.helper.make_node("Gemm", [x.name, "w", "b"], ["linear"], transB=1)]
+        nodes += [onnx.helper.make_node("Mul", [before, "one"], [after]) for before, after in zip(names, names[1:])]
+        nodes[-1].output[0] = y.name
+        values = {"w": weight * self.scale, "b": bias, "one": weight[:1, :1] * 0 + 1}
+        graph = onnx.helper.make_graph(
+            nodes,
+            "linear",
+            [onnx.helper.make_tensor_value_info(x.name, onnx.TensorProto.FLOAT, [1, *x.shape[1:]])],
+            [onnx.helper.make_tensor_value_info(y.name, onnx.TensorProto.FLOAT, [1, *y.shape[1:]])],
+            [onnx.numpy_helper.from_array(value, name) for name, value in values.items()],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+        write_model(model, request.folder, "model.onnx")
+        return store_artifact(request.folder, "model.onnx", format=Format.ONNX, precision=Precision.FP32, iospec=request.iospec)
+
+
+class LinearToOnnxSlow(LinearToOnnx):
+    name, extra = "fake-onnx-from-linear-slow", 5
+
+
+class LinearToOnnxWrong(LinearToOnnx):
+    name, scale = "fake-onnx-from-linear-wrong", 1.5
+
+
+class LinearToOnnxNever(LinearToOnnx):
+    name = "fake-onnx-from-linear-never"
+
+    def convert(self, request):
+        from edgekd.errors import ConversionRejected
+
+        raise ConversionRejected("the operator Linear is too square", subject="Linear")
+
+
+class LinearToOnnxElsewhere(LinearToOnnx):
+    name = "fake-onnx-from-linear-elsewhere"
+    needs = {"no_such_module_anywhere": "x86"}
+
+
 class Unpack(Copy):
     name, source, target = "fake-unpack", "saved_model", "onnx"
 
