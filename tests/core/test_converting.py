@@ -53,6 +53,8 @@ def test_int8_onnx_is_written_and_compared_on_the_given_inputs(net: Path, tmp_pa
     assert made.inputs == "20 samples of the example"
     made.stored.verify()
     assert made.artifact.precision is Precision.INT8
+    assert made.recipe is not None
+    assert (made.recipe.calibration.size, made.recipe.calibration.split, made.recipe.digest()) == (40, "calibration", made.artifact.recipe)
     assert any(node.op_type == "QuantizeLinear" for node in onnx.load(str(tmp_path / "int8.onnx")).graph.node)
     assert lines[0] == "road: onnx --qdq-from-onnx--> onnx int8"
     assert edgekd.convert(tmp_path / "int8.onnx", to="onnx", out=tmp_path / "again.onnx", progress=False).artifact.precision is Precision.INT8

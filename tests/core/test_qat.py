@@ -86,7 +86,7 @@ def test_the_gradient_of_the_step_is_that_of_lsq() -> None:
     point.set_range(-2.0, 2.0)
     point.set_phase(Phase.LEARN)
     values = torch.tensor([[0.4, -1.3, 2.6, -9.0]], requires_grad=True)
-    point(values).sum().backward()  # type: ignore[no-untyped-call]
+    point(values).sum().backward()
     step = 2.0 / 127
     places = values.detach() / step
     inner = (places.round() - places) * (places.abs() <= 127)
@@ -295,6 +295,12 @@ def test_learned_ranges_reach_the_file_that_the_quantizer_makes(tmp_path: Path) 
     for name in ("relu", "head"):
         low, high = prepared.ranges()[name]
         assert min(abs(step - (high - low) / 255) for step in steps) < 1e-7
+    stored = {name.removesuffix("_quantized"): array for name, array in arrays.items() if array.dtype == np.int8 and array.ndim == 4}
+    weights = [array * arrays[f"{name}_scale"].reshape(-1, 1, 1, 1) for name, array in stored.items()]
+    rounded = [one.rounded().detach().numpy() for one in prepared.modules() if isinstance(one, QuantWeighted) and one.weight.ndim == 4]
+    assert len(weights) == len(rounded) == 6
+    for weight in weights:  # the same integers by both roads
+        assert any(weight.shape == one.shape and np.allclose(weight, one, atol=1e-6) for one in rounded)
     expected = outputs(prepared.freeze(), inputs).numpy()
     low, high = prepared.ranges()["head"]
     assert np.abs(ort_infer(made, inputs)["output"] - expected).max() <= 2.01 * (high - low) / 255

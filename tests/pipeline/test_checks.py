@@ -17,6 +17,7 @@ from edgekd.pipeline import make_context
 from edgekd.stages import StageStore
 from edgekd.steps.checks import check_splits
 from edgekd.steps.context import Context
+from edgekd.steps.quantizing import choose_calibration
 from edgekd.tasks import Classification
 from tests.pipeline import pipeline_kit as kit
 
@@ -102,6 +103,18 @@ def _context(target: Target, folder: Path, **splits: Any) -> Context:
 def _numbers(start: int, stop: int) -> Arrays:
     """Items that are told apart by their one value."""
     return Arrays({"x": np.arange(start, stop, dtype=np.float64)[:, None]}, np.zeros((stop - start, 1)))
+
+
+def test_calibration_never_holds_an_item_of_the_test_split(tmp_path: Path) -> None:
+    with edgekd.connect("null") as target:
+        context = _context(target, tmp_path, train=_numbers(0, 200), validation=_numbers(500, 700), test=_numbers(199, 400))
+        chosen = choose_calibration(context, 200)
+        assert chosen.indices == tuple(range(199))
+        assert chosen.split == "train"
+        assert 199.0 not in chosen.inputs["x"]
+        inside = _context(target, tmp_path, train=_numbers(0, 50), validation=_numbers(500, 700), test=_numbers(0, 400))
+        with pytest.raises(DataError, match="every calibration input is also in the test split"):
+            choose_calibration(inside, 50)
 
 
 class OnDisk:

@@ -73,6 +73,23 @@ def test_file_without_labels_is_judged_against_its_own_answers(tmp_path: Path) -
     assert bundle.manifest.task["task"] == "classification"
     assert len(bundle.evaluation().targets) == SAMPLES - int(0.6 * SAMPLES)
     assert bundle.manifest.artifact.precision.value == "int8"
+    recipe = bundle.manifest.recipe
+    assert recipe is not None
+    assert (recipe.calibration.size, recipe.calibration.split) == (int(0.4 * SAMPLES), "train")
+    assert recipe.digest() == bundle.manifest.artifact.recipe
+    (stability,) = [row for row in result.ledger.rows if row.step == "calibration stability"]
+    assert stability.details["samples"] == int(0.4 * SAMPLES)
+    said = " ".join(row.reason for row in result.ledger.rows if row.step == "note")
+    assert "proposed: 1. u8s8" in said
+    assert "measured: u8s8 is taken" in said
+
+
+def test_calibration_samples_that_are_also_judged_on_are_refused(tmp_path: Path) -> None:
+    data = save_inputs(tmp_path / "data")
+    inputs = np.load(data / "x.npy")
+    np.save(data / "x.npy", np.concatenate([inputs[: len(inputs) // 2]] * 2))
+    with pytest.raises(DataError, match="data overlap"):
+        run(tmp_path, data)
 
 
 def test_labels_in_the_folder_are_the_truth(tmp_path: Path) -> None:

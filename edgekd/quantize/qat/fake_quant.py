@@ -179,12 +179,12 @@ class QuantWeighted(nn.Module):
             return F.linear(values, weight, layer.bias)
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
-            made: Tensor = convolve(values, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)  # type: ignore[operator]
+            made: Tensor = convolve(values, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
             return made
         assert isinstance(layer, _TRANSPOSED)
         spread = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.ndim - 3]
-        given = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
-        out: Tensor = spread(values, weight, layer.bias, *given)  # type: ignore[operator]
+        assert not isinstance(layer.padding, str)  # transposed convolutions know numbers only
+        out: Tensor = spread(values, weight, layer.bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
         return out
 
     def set_phase(self, phase: Phase) -> None:
