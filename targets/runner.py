@@ -194,7 +194,13 @@ def fingerprint(job: dict[str, Any]) -> dict[str, str]:
 def tidy(folder: str, cap_mb: float, keep_s: float = 86400.0) -> None:
     """Remove the folders below `folder` that were used longest ago until the rest is below `cap_mb`; those used within `keep_s` stay."""
     paths = glob.glob(os.path.join(glob.escape(folder), "*"))
-    entries = [(os.path.getmtime(path), sum(os.path.getsize(item) for item in glob.glob(glob.escape(path) + "/**", recursive=True)), path) for path in paths]
+    entries = []
+    for path in paths:
+        try:
+            size = sum(os.path.getsize(item) for item in glob.glob(glob.escape(path) + "/**", recursive=True))
+            entries.append((os.path.getmtime(path), size, path))
+        except FileNotFoundError:  # another process removes it, or a part of it, meanwhile
+            continue
     total = sum(size for _, size, _ in entries)
     for used, size, path in sorted(entries):
         if total <= cap_mb * 1e6 or time.time() - used < keep_s:
