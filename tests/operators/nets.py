@@ -16,7 +16,7 @@ class InPlaceMask(nn.Module):
         self.mix = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.unflatten(1, (4, -1))
+        tokens = x.reshape(x.shape[0], 4, -1)
         scores = tokens @ tokens.transpose(1, 2)
         scores[:, torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)] = -1e4
         mixed: torch.Tensor = self.mix((torch.softmax(scores, -1) @ tokens).flatten(1))
@@ -56,7 +56,8 @@ class Stage(nn.Module):
         self.act = ACTS[act](width)
 
     def forward(self, x: torch.Tensor, *, scale: float) -> torch.Tensor:
-        return x + scale * self.act(self.norm(x))
+        y: torch.Tensor = x + scale * self.act(self.norm(x))
+        return y
 
 
 class Net(nn.Module):

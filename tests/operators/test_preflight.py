@@ -117,7 +117,7 @@ def test_a_part_that_is_called_with_keywords_tuples_and_another_first_axis_can_b
             self.bad = nets.Branch(4)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            steps = x.unflatten(1, (2, 4)).transpose(0, 1)
+            steps = x.reshape(-1, 2, 4).transpose(0, 1)
             out, last = self.cell(steps, hx=torch.zeros(1, steps.shape[1], 4))
             return self.bad(x=torch.cat([out[-1], last[0]], 1))  # type: ignore[no-any-return]
 
