@@ -12,9 +12,10 @@ import msgspec
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Target
-from edgekd.conversion.convert import Conversion, Options, Say, convert, print_line
+from edgekd.conversion.convert import Conversion, convert, print_line
 from edgekd.conversion.formats import Route, load_graph
 from edgekd.conversion.inputs import source_format
+from edgekd.conversion.running import Options, Say
 from edgekd.errors import ConfigError, ConversionRejected, MeasurementInvalid, ParityRejected, Rejected, UnsupportedModel
 from edgekd.records import Format, Precision, Record
 

@@ -174,7 +174,7 @@ def exact_infer(model: StoredArtifact, inputs: Mapping[str, np.ndarray]) -> dict
     proto = onnx.load(str(model.entry))
     evaluator = ReferenceEvaluator(proto)
     names, fed = [item.name for item in proto.graph.output], [item.name for item in proto.graph.input]
-    rows = [evaluator.run(names, {name: inputs[name][at : at + 1] for name in fed}) for at in range(len(next(iter(inputs.values()))))]
+    rows: list[Any] = [evaluator.run(names, {name: inputs[name][at : at + 1] for name in fed}) for at in range(len(next(iter(inputs.values()))))]
     return {name: np.concatenate([np.asarray(row[position]) for row in rows]) for position, name in enumerate(names)}
 
 

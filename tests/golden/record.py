@@ -9,6 +9,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -44,9 +45,10 @@ def train(name: str) -> None:
     optimizer = torch.optim.Adam(module.parameters(), 5e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=_EPOCHS * (len(images) // _BATCH + 1))
     for _ in range(_EPOCHS):
-        for picks in torch.randperm(len(images)).split(_BATCH):
+        for picks in torch.split(torch.randperm(len(images)), _BATCH):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(module(images[picks]), labels[picks]).backward()
+            loss: Any = torch.nn.functional.cross_entropy(module(images[picks]), labels[picks])
+            loss.backward()
             optimizer.step()
             schedule.step()
     save_file(module.state_dict(), weights_of(name))
@@ -62,10 +64,11 @@ def main() -> None:
     if inexact := [road for road in roads if not is_exact(road)]:
         parser.error(f"on this processor the numbers of {', '.join(inexact)} saturate; next step: record on an x86 with VNNI, or name other roads with --road")
     made_with = versions(LIBRARIES + ANDROID)
-    before = load_record() if given.road else {"versions": made_with, "networks": {}}
+    before: dict[str, Any] = load_record() if given.road else {"versions": made_with, "networks": {}}
     if before["versions"] != made_with or (given.road and given.train):
         parser.error("some roads alone can be recorded only with the versions and weights of the others; next step: leave --road out")
-    data, outputs, networks = digits(), {}, before["networks"]
+    data, networks = digits(), before["networks"]
+    outputs: dict[str, torch.Tensor] = {}
     for name in NETWORKS:
         if given.train:
             train(name)

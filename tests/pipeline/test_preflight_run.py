@@ -24,6 +24,32 @@ class Stop(Exception):
     """Ends a run from outside, as a kill does."""
 
 
+def test_a_choice_that_cannot_be_converted_ends_with_the_good_members_only(tmp_path: Path) -> None:
+    heard: list[Event] = []
+    options = msgspec.structs.replace(OPTIONS, allow_extreme=True)
+    space = Family(nets.net, width=[4, 8], act=["good", "masked"])
+    result = kit.run("classification", tmp_path / "run", student=space, options=options, budget=BUDGET, listener=heard.append)
+    (row,) = kit.rows_of(result, "search", "preflight")
+    assert {name: row.details[name] for name in ("sets", "passed", "refused", "students refused")} == {
+        "sets": 2,
+        "passed": 1,
+        "refused": 1,
+        "students refused": 2,
+    }
+    assert "2 operator sets" in row.reason
+    refused = [row for row in result.ledger.rows if "act=masked" in row.step]
+    assert [(row.stage, row.step, row.decision) for row in refused] == [
+        ("search", "act=masked width=4", "rolled back"),
+        ("search", "act=masked width=8", "rolled back"),
+    ]
+    assert all("stages.0.act" in row.reason and "index_put" in row.reason for row in refused)
+    assert {point.label for point in result.points if "act=" in point.label} == {"act=good width=4", "act=good width=8"}
+    assert not [event for event in heard if event.stage != "search" and "act=masked" in event.text]  # trainings tell their label
+    assert [event for event in heard if event.stage == "distil" and "act=good" in event.text]
+    assert result.student is not None
+    assert result.student.kwargs["act"] == "good"
+
+
 @pytest.mark.parametrize("space", [Family(nets.net, width=[4, 8], act=["branch"]), Fixed(nets.net(4, "branch"))], ids=["family", "fixed"])
 def test_where_nothing_passes_the_error_is_the_diagnosis(space: Family | Fixed, tmp_path: Path) -> None:
     heard: list[Event] = []
