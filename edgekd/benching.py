@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -14,6 +14,7 @@ from edgekd.errors import InputError, UnsupportedModel
 from edgekd.measuring.launching import new_nonce
 from edgekd.measuring.measure import Subject, calibrate_limits, measure_verdict, screen
 from edgekd.models.model_file import import_model
+from edgekd.models.notes import shown_notes
 from edgekd.npy import load_inputs
 from edgekd.records import Capabilities, IOSpec, Measurement, OpTime, Precision
 from edgekd.stats import percentile_of
@@ -23,7 +24,8 @@ from edgekd.stats import percentile_of
 class BenchResult:
     """`summary` holds milliseconds: `p50`, `p90`, `p99` of all valid samples, `init` and `first` as medians over launches.
 
-    `note` is what the runtime says of the model, for example which operators its delegate leaves out.
+    `note` is what the runtime says of the model, for example which operators its delegate leaves out; `file_notes` is what stands in the file
+    beside its graph (`edgekd.models.notes.shown_notes`).
     """
 
     measurement: Measurement
@@ -33,6 +35,7 @@ class BenchResult:
     capabilities: Capabilities
     precision: Precision
     note: str = ""
+    file_notes: dict[str, str] = field(default_factory=dict)
 
 
 def random_inputs(iospec: IOSpec, *, samples: int, seed: int) -> dict[str, Array]:
@@ -102,7 +105,8 @@ def bench(
         else:
             measurement = screen(target, [subject], percentile=percentile, limits=limits, seed=seed, nonce=nonce)[subject.label].measurement
         op_times = target.runtime.op_times(artifact, subject.inputs) if target.capabilities.op_times else ()
-        return BenchResult(measurement, summarize(measurement, percentile), op_times, iospec, target.capabilities, artifact.record.precision, support.note)
+        summary, precision = summarize(measurement, percentile), artifact.record.precision
+        return BenchResult(measurement, summary, op_times, iospec, target.capabilities, precision, support.note, shown_notes(artifact.entry))
 
 
 def summarize(measurement: Measurement, percentile: float = 50.0) -> dict[str, float]:

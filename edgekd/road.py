@@ -75,7 +75,7 @@ class Road:
             self._add([row(context, "baseline", "hardware", "noted", hardware_text(context.target.profile, context.target))])
         self._add(baseline.rows, baseline.points, baseline.parity)
         found, _ = context.store.run("search", search_inputs(context, facts, baseline), SearchOut, lambda _, scratch: run_search(context, scratch, baseline))
-        self._add(found.rows, found.points)
+        self._add(found.rows, found.points, found.parity)
         teacher_int8 = None if baseline.teacher_int8 is None else StoredArtifact(baseline.teacher_int8, baseline_dir / "teacher-int8")
         if not found.order:
             alone = self._teacher_alone(baseline, baseline_dir, teacher_int8, found)

@@ -230,7 +230,6 @@ def _what(result: BenchResult) -> str:
 
 
 def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> None:
-    from edgekd.models.notes import shown_notes
     from edgekd.report.words import ms_text
     from edgekd.stats import min_samples
 
@@ -274,7 +273,7 @@ def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> Non
     )
     if result.note:
         click.echo(result.note)
-    for name, text in shown_notes(model).items():
+    for name, text in result.file_notes.items():
         click.echo(f"in the file: {name}: {text}")
     for rejected in taken.rejected:
         click.echo(f"launch {rejected.index} rejected: {rejected.invalid}")

@@ -13,9 +13,10 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, ConvertRequest, Target, Tensors
 from edgekd.conversion.toolchain import Toolchain
 from edgekd.errors import ModelError, Rejected, UnsupportedModel
+from edgekd.parity.blame import Compare, blame
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
 from edgekd.parity.graph import depth_told
-from edgekd.records import IOSpec, Precision, TensorSpec
+from edgekd.records import HopParity, IOSpec, Precision, TensorSpec
 from edgekd.tree import flatten_outputs, to_numpy
 
 if TYPE_CHECKING:
@@ -27,11 +28,12 @@ _UNTOLD = ("format", "session", "model")
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a network fails: `step` is `convert`, `support`, `run` or `parity`; `operator` is empty where nothing is blamed."""
+    """Why a network fails: `step` is `convert`, `support`, `run` or `parity`; `operator` is empty where nothing is blamed. `parity` is the comparison."""
 
     step: str
     operator: str
     reason: str
+    parity: HopParity | None = None
 
 
 def spec_of(inputs: Tensors) -> IOSpec:
@@ -81,10 +83,21 @@ class Hop:
             return Trouble("run", "", str(error.found or error)), ""
         if any(value.dtype.kind == "f" and not np.isfinite(value).all() for value in reference.values()):
             return None, "not compared: the untrained network gives NaN or infinity"
-        depth = max(BASE_DEPTH, depth_told(model, BASE_DEPTH))
-        parity = compare_hop(self.toolchain.export_hop, reference, outputs, precision=Precision.FP32, depth=depth)
+        parity = _compared(model)(self.toolchain.export_hop, reference, outputs)
         bad = next((row for row in parity.tensors if not row.passed), None)
-        return (None if bad is None else Trouble("parity", "", f"{bad.name}: {bad.reason}")), ""
+        return (None if bad is None else Trouble("parity", "", f"{bad.name}: {bad.reason}", parity)), ""
+
+    def blamed(self, parity: HopParity, model: StoredArtifact, module: torch.nn.Module, inputs: Tensors) -> HopParity:
+        """A failed comparison of a file with torch as that of the hop that is to blame, with the faults that explain it."""
+        return blame(
+            parity,
+            model,
+            lambda given: torch_outputs(module, given),
+            inputs,
+            toolchain=self.toolchain,
+            device=lambda given: self.target.runtime.infer(model, given),
+            compare=_compared(model),
+        )
 
     def attempt(self, module: torch.nn.Module, inputs: Tensors, folder: Path) -> Trouble | None:
         """All of it for a part of a network; nothing where it passes."""
@@ -93,6 +106,12 @@ class Hop:
         except Rejected as error:
             return refusal(error, module)
         return self.trouble(model, module, inputs)[0]
+
+
+def _compared(model: StoredArtifact) -> Compare:
+    """Compares in float32 at the depth of a file."""
+    depth = max(BASE_DEPTH, depth_told(model, BASE_DEPTH))
+    return lambda name, expected, found: compare_hop(name, expected, found, precision=Precision.FP32, depth=depth)
 
 
 def refusal(error: Rejected, module: torch.nn.Module) -> Trouble:

@@ -91,6 +91,8 @@ def examine_sets(
                 answers.append(msgspec.structs.replace(item, note=note))
                 continue
             trouble = found
+            if found.parity is not None:
+                item = msgspec.structs.replace(item, parity=hop.blamed(found.parity, model, module, inputs))
         culprit, tries = locate(module, inputs, hop, trouble)
         conversions += tries
         answers.append(msgspec.structs.replace(item, culprit=culprit, note=note))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edgekd.errors import ModelError
-from edgekd.records import Record
+from edgekd.records import HopParity, Record
 from edgekd.records.model import NonNegative
 
 
@@ -25,7 +25,10 @@ class Culprit(Record, tag="edgekd.culprit/1", frozen=True, kw_only=True):
 
 
 class OperatorSet(Record, tag="edgekd.operator_set/1", frozen=True, kw_only=True):
-    """The students that are made of the same operators and modules; `tried` is the one that was converted, `culprit` is absent when it passed."""
+    """The students that are made of the same operators and modules; `tried` is the one that was converted, `culprit` is absent when it passed.
+
+    `parity` is the comparison of `tried` with torch where that failed, at the hop that is to blame.
+    """
 
     key: str
     operators: tuple[str, ...]
@@ -34,6 +37,7 @@ class OperatorSet(Record, tag="edgekd.operator_set/1", frozen=True, kw_only=True
     tried: str
     note: str = ""
     culprit: Culprit | None = None
+    parity: HopParity | None = None
 
     @property
     def passed(self) -> bool:
@@ -69,12 +73,13 @@ class PreflightReport(Record, tag="edgekd.preflight/1", frozen=True, kw_only=Tru
             "convert": f"cannot be converted to {self.format} for the target {self.target}",
             "support": f"is refused by the target {self.target}",
             "run": f"does not run on the target {self.target}",
-            "parity": f"computes something else on the target {self.target}",
+            "parity": f"computes something else on the target {self.target}, at the hop {item.parity.hop if item.parity else self.format!r}",
         }[bad.step]
         at = f" ({bad.kind}{f', {bad.place}' if bad.place else ''})"
         operator = f"; operator: {bad.operator}" if bad.operator else ""
         instead = f"; use instead: {bad.replacement}" if bad.replacement else "; no replacement is known"
-        return f"{where}{at} {verb}{operator}; {bad.reason}{instead}"
+        reason = "; ".join((bad.reason, *(item.parity.findings if item.parity else ())))
+        return f"{where}{at} {verb}{operator}; {reason}{instead}"
 
     def summary(self) -> str:
         """One line: sets found, passed and refused, and what they were tried by."""
@@ -85,6 +90,11 @@ class PreflightReport(Record, tag="edgekd.preflight/1", frozen=True, kw_only=Tru
         text = f"{count} operator set{'' if count == 1 else 's'}, each tried by one real conversion: {len(good)} passed ({members} students)"
         notes = "".join(f"; {item.tried}: {item.note}" for item in self.sets if item.note)
         return text + f", {count - len(good)} refused ({left_out} students)" + notes
+
+    @property
+    def parity(self) -> tuple[HopParity, ...]:
+        """The comparisons that failed."""
+        return tuple(item.parity for item in self.sets if item.parity is not None)
 
     def counts(self) -> dict[str, float | int | str | bool]:
         """Sets found, passed and refused, the students that are left out, and conversions made, for the ledger."""
@@ -98,12 +108,12 @@ class PreflightReport(Record, tag="edgekd.preflight/1", frozen=True, kw_only=Tru
         }
 
     def require_some(self) -> None:
-        """Refuse where no student is left.
+        """Refuse where no student can be made into a file that runs on the target; one that computes something else is the run's to judge.
 
         Raises:
-            ModelError: no set passed; the message is the diagnosis, the subject the path of the first culprit.
+            ModelError: no set gave such a file; the message is the diagnosis, the subject the path of the first culprit.
         """
-        if any(item.passed for item in self.sets):
+        if any(item.passed or item.parity is not None for item in self.sets):
             return
         found = [self.diagnosis(item) for item in self.sets] or [f"{label}: {reason}" for label, reason in self.unbuildable.items()]
         culprit = next((item.culprit for item in self.sets if item.culprit is not None), None)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
 from edgekd.artifact import StoredArtifact
-from edgekd.contracts import Tensors
 from edgekd.conversion.bounds import asked_bound, module_bound, require_bound
 from edgekd.errors import ParityRejected
-from edgekd.parity.compare import BASE_DEPTH
-from edgekd.parity.faults import Run, diagnose
-from edgekd.parity.graph import depth_told
+from edgekd.parity.blame import blame
 from edgekd.records import Artifact, Format, HopParity, LedgerRow, Precision, Record, StudentSpec
 from edgekd.steps.context import Context, row
 
@@ -61,7 +56,16 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
     device = context.device_outputs(model, inputs)
     parity = context.hop(hop, reference, device, Precision.FP32)
     if not parity.passed:
-        _refuse(context, _with_findings(context, _at_its_hop(context, parity, model, reference, inputs), model, run, inputs))
+        blamed = blame(
+            parity,
+            model,
+            run,
+            inputs,
+            toolchain=context.toolchain,
+            device=lambda given: context.device_outputs(model, given),
+            compare=lambda name, expected, found: context.hop(name, expected, found, Precision.FP32),
+        )
+        _refuse(context, blamed)
     return ConvertOut(
         artifact=model.record,
         parity=(parity,),
@@ -77,23 +81,6 @@ def _facts(model: StoredArtifact) -> dict[str, float | int | str | bool]:
         if name in told:
             facts[name] = int(told[name])
     return facts
-
-
-def _at_its_hop(context: Context, parity: HopParity, model: StoredArtifact, reference: Tensors, inputs: Tensors) -> HopParity:
-    """A failed comparison between the source and the device, told apart by running the file on the host: exporter, or device."""
-    host = context.toolchain.host_outputs(model, inputs)
-    exported = context.hop(parity.hop, reference, host, Precision.FP32)
-    return msgspec.structs.replace(parity, hop=context.toolchain.device_hop) if exported.passed else exported
-
-
-def _with_findings(context: Context, parity: HopParity, model: StoredArtifact, run: Run, inputs: Tensors) -> HopParity:
-    """A failed hop with the faults that explain it, if one that is known does."""
-
-    def infer(given: Tensors) -> Tensors:
-        return context.device_outputs(model, given) if parity.hop == context.toolchain.device_hop else context.toolchain.host_outputs(model, given)
-
-    found = diagnose(run, infer, inputs, specs=model.record.iospec.inputs, depth=max(BASE_DEPTH, depth_told(model, BASE_DEPTH)), hop=parity.hop)
-    return msgspec.structs.replace(parity, findings=found.annotated().findings)
 
 
 def _refuse(context: Context, parity: HopParity) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.errors import ConfigError, ModelError
-from edgekd.records import LedgerRow, Point, Record, StudentSpec
+from edgekd.records import HopParity, LedgerRow, Point, Record, StudentSpec
 from edgekd.search import Candidate, SearchOutcome, pick_finalists, rank_by_training, search
 from edgekd.spaces import Family
 from edgekd.steps.baseline import BaselineOut
@@ -20,7 +20,7 @@ from edgekd.steps.training import train_student
 class SearchOut(Record, tag="edgekd.stage_search/1", frozen=True, kw_only=True):
     """`order` lists the students to try, best first; empty when nothing fits, then `certificate` says why, and `proven` whether the
     measurements show that nothing can fit, or only that nothing surely does. It is also empty when every student that fits stopped in
-    its short training: `stopped` then maps each to its reason."""
+    its short training, or computes something else as a file: `stopped` then maps each to its reason. `parity` holds the comparisons that failed."""
 
     order: tuple[StudentSpec, ...]
     points: tuple[Point, ...]
@@ -29,6 +29,7 @@ class SearchOut(Record, tag="edgekd.stage_search/1", frozen=True, kw_only=True):
     certificate: str
     proven: bool = False
     stopped: dict[str, str] = {}
+    parity: tuple[HopParity, ...] = ()
     rows: tuple[LedgerRow, ...]
 
 
@@ -52,6 +53,19 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
     report.require_some()
     context.note("search", report.summary())
     refused = report.refused()
+    first = row(context, "search", "preflight", "noted", report.summary(), details=report.counts())
+    if not any(item.passed for item in report.sets):
+        left_out = {**bench.unbuildable, **refused}
+        return SearchOut(
+            order=(),
+            points=(),
+            counts={"in the space": len(specs), "proposed": 0, "measured": 0, "measurements": 0, "rejected": len(left_out)},
+            predictor_error=None,
+            certificate="",
+            stopped=left_out,
+            parity=report.parity,
+            rows=(first, *(row(context, "search", label, "rolled back", reason) for label, reason in sorted(left_out.items()))),
+        )
     outcome = search(
         [candidate for candidate in candidates if candidate.label not in refused],
         measure=bench.measure,
@@ -71,7 +85,7 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
         "rejected": len(rejected),
     }
     rows = [
-        row(context, "search", "preflight", "noted", report.summary(), details=report.counts()),
+        first,
         row(context, "search", "candidates", "noted", outcome.summary(), details=dict(counts)),
     ]
     if isinstance(context.space, Family) and (note := context.space.note(context.seed)):
@@ -89,6 +103,7 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
             predictor_error=outcome.predictor_error,
             certificate=text,
             proven=outcome.certificate.proven,
+            parity=report.parity,
             rows=tuple(rows),
         )
     order, stopped = _ranked(context, scratch, outcome, rows)
@@ -99,6 +114,7 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
         predictor_error=outcome.predictor_error,
         certificate="",
         stopped={} if order else stopped,
+        parity=report.parity,
         rows=tuple(rows),
     )
 

@@ -75,7 +75,7 @@ def changed(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "field", [name for name in Manifest.__struct_fields__ if name not in ("student", "artifact", "budget", "verdict", "fingerprint", "profile")]
+    "field", [name for name in Manifest.__struct_fields__ if name not in ("student", "artifact", "budget", "verdict", "fingerprint", "profile", "recipe")]
 )
 def test_changed_field_of_the_manifest_is_refused(bundle: Path, field: str) -> None:
     content = json.loads((bundle / MANIFEST).read_text())
@@ -92,6 +92,7 @@ def test_changed_field_of_the_manifest_is_refused(bundle: Path, field: str) -> N
         (("verdict", "outcome"), "fail"),
         (("artifact", "size_bytes"), 1),
         (("fingerprint", "fields", "cpu_model"), "another"),
+        (("recipe", "scheme"), "s8s8"),
         (("profile", "runtime", "threads"), 7),
         (("profile", "measure", "verdict", "launches"), 1),
     ],

@@ -19,7 +19,7 @@ from edgekd.quantize import make_recipe
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.records import HopParity, Precision
 from edgekd.registry import load
-from tests.contracts.tiny_models import ConvNet, TwoInputs, changed, export, exported_convnet, noise, ort_infer, prepare, torch_outputs
+from tests.contracts.tiny_models import ConvNet, TwoInputs, changed, exact_infer, export, exported_convnet, noise, ort_infer, prepare, torch_outputs
 
 pytestmark = pytest.mark.torch
 
@@ -136,9 +136,9 @@ def test_bisect_names_the_tensor_of_a_changed_weight(tmp_path: Path) -> None:
 
 def test_bisect_names_the_operator_behind_a_broken_scale(tmp_path: Path, int8_of_convnet: StoredArtifact) -> None:
     prepared = prepare(exported_convnet(), INPUTS, tmp_path / "prepared")
-    assert bisect(prepared, int8_of_convnet, ort_infer, INPUTS) is None
+    assert bisect(prepared, int8_of_convnet, exact_infer, INPUTS) is None
     broken = changed(int8_of_convnet, tmp_path / "broken", break_scale("relu_1"))
-    found = bisect(prepared, broken, ort_infer, INPUTS)
+    found = bisect(prepared, broken, exact_infer, INPUTS)
     assert found is not None
     assert found.tensor == "relu_1"
     assert found.op_type == "Relu"
