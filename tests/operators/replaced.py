@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import edgekd
+from edgekd.operators.replacements import REPLACEMENTS, Replacement
+from edgekd.target import LiveTarget
 
 IMAGES = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
 STEPS = np.random.default_rng(1).standard_normal((2, 6, 8)).astype(np.float32)
@@ -107,3 +112,24 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], np.ndar
     ),
 }
 """Row of the table to (refused, replaced, inputs, whether both compute the same)."""
+
+
+def rows_for(format: str) -> list[Replacement]:
+    """The rows that are needed in a format."""
+    return [row for row in REPLACEMENTS if format in row.formats]
+
+
+def local(name: str, folder: Path) -> LiveTarget:
+    """A target of this machine with a work folder and a lock of its own."""
+    return edgekd.connect(name, overrides=(f"transport.workdir={folder / 'device'}", f"runtime.options.lock={folder / 'lock'}"))
+
+
+def check(row: Replacement, target: LiveTarget) -> None:
+    """The original is refused with this advice, and what the advice says passes."""
+    refused, replaced, inputs, _ = CASES[row.name]
+    torch.manual_seed(0)
+    (item,) = edgekd.preflight(refused(), target=target, example=inputs).sets
+    assert item.culprit is not None, "it is converted today: the row is not needed any more"
+    assert item.culprit.replacement == row.advice, item.culprit
+    (item,) = edgekd.preflight(replaced(), target=target, example=inputs).sets
+    assert item.passed, item.culprit

@@ -7,48 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import edgekd
 from edgekd.operators.replacements import REPLACEMENTS, Replacement, replacement_for
-from edgekd.target import LiveTarget
 
 pytest.importorskip("torch")
-import torch
 
 from edgekd.operators.hop import torch_outputs
-from tests.operators.replaced import CASES
+from tests.operators.replaced import CASES, check, local, rows_for
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")]
-
-
-def rows_for(format: str) -> list[Replacement]:
-    return [row for row in REPLACEMENTS if format in row.formats]
-
-
-def local(name: str, folder: Path) -> LiveTarget:
-    return edgekd.connect(name, overrides=(f"transport.workdir={folder / 'device'}", f"runtime.options.lock={folder / 'lock'}"))
-
-
-def check(row: Replacement, target: LiveTarget) -> None:
-    refused, replaced, inputs, _ = CASES[row.name]
-    torch.manual_seed(0)
-    (item,) = edgekd.preflight(refused(), target=target, example=inputs).sets
-    assert item.culprit is not None, "it is converted today: the row is not needed any more"
-    assert item.culprit.replacement == row.advice, item.culprit
-    (item,) = edgekd.preflight(replaced(), target=target, example=inputs).sets
-    assert item.passed, item.culprit
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", rows_for("onnx"), ids=lambda row: row.name)
 def test_replacement_passes_where_the_original_is_refused_on_onnxruntime(row: Replacement, tmp_path: Path) -> None:
     with local("local", tmp_path) as target:
-        check(row, target)
-
-
-@pytest.mark.environments
-@pytest.mark.parametrize("row", rows_for("tflite"), ids=lambda row: row.name)
-def test_replacement_passes_where_the_original_is_refused_on_litert(row: Replacement, tmp_path: Path) -> None:
-    with local("litert-local", tmp_path) as target:
         check(row, target)
 
 
