@@ -193,6 +193,7 @@ def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / max(error.sum(), 1e-30)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [None, True])
 def test_int8_onnx_stays_near_the_float_cell_at_the_end_of_a_sequence(tmp_path: Path, written: bool | None) -> None:
     _, cell, _ = made("lstm", written_out=written)

@@ -15,6 +15,7 @@ from tests.golden.golden_kit import ANDROID, HERE, LIBRARIES, NETWORKS, ROADS, c
 ROOT = HERE.parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("road", [name for name, road in ROADS.items() if road.to == "onnx"])
 @pytest.mark.parametrize("name", NETWORKS)

@@ -28,6 +28,7 @@ def run(words: list[str], cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_job_example_makes_teacher_space_and_splits_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")

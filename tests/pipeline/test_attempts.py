@@ -70,6 +70,7 @@ def test_the_better_of_two_attempts_ends_the_run(tmp_path: Path, monkeypatch: py
     assert result.student.label() == "width=16"
 
 
+@pytest.mark.slow
 def test_a_profile_of_int8_only_ships_no_float_where_quantizing_fails(tmp_path: Path) -> None:
     result = kit.run(
         "classification",

@@ -70,6 +70,7 @@ def test_scores_outside_the_range_that_the_task_states_are_refused_before_anythi
     assert not list((tmp_path / "run" / "stages").iterdir())
 
 
+@pytest.mark.slow
 def test_a_single_double_is_noted_and_no_obstacle(tmp_path: Path) -> None:
     arguments = kit.arguments("classification", tmp_path / "run", student=kit.fixed("classification"))
     arguments["train"] = _with_items_of(arguments["train"], arguments["test"], 1)

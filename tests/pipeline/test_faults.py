@@ -127,11 +127,13 @@ def stopped_at(result: Result, stage: str, hop: str, tensor: str, *, trained: bo
     assert [row.decision for row in kit.rows_of(result, "distil", "fixed")] == (["kept"] if trained else [])
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_export_is_named_at_torch_to_onnx(tmp_path: Path) -> None:
     result = kit.run("multi", tmp_path / "run", student=Fixed(exports_wrong), options=FROZEN, budget=Budget(latency_share=0.4))
     stopped_at(result, "search", "torch -> onnx", "size", trained=False)
 
 
+@pytest.mark.slow
 def test_an_export_that_scales_its_input_is_named_as_such(tmp_path: Path) -> None:
     result = kit.run("multi", tmp_path / "run", student=Fixed(exports_scaled), options=FROZEN, budget=Budget(latency_share=0.4))
     (bad,) = [parity for parity in ReportData.load(result.run_dir / "report.json").parity if not parity.passed]
@@ -153,6 +155,7 @@ def exports_another_shape() -> nn.Module:
     return ExportsAnotherShape(16, kit.CLASSES)
 
 
+@pytest.mark.slow
 def test_an_export_of_another_shape_is_named_and_the_quantized_teacher_ships(tmp_path: Path) -> None:
     result = kit.run("classification", tmp_path / "run", student=Fixed(exports_another_shape), options=FROZEN, budget=Budget(latency_share=0.5))
     (row,) = [row for row in result.ledger.rows if row.decision == "rolled back" and row.step == "fixed"]
@@ -167,6 +170,7 @@ class TeacherExportsWrong(ExportsWrong):
     """A teacher with the same fault."""
 
 
+@pytest.mark.slow
 def test_a_teacher_that_exports_wrong_is_named_and_does_not_compete(tmp_path: Path) -> None:
     teacher = TeacherExportsWrong(kit.TEACHER_WIDTH)
     teacher.load_state_dict(kit.make_teacher("multi").state_dict())
@@ -235,6 +239,7 @@ def test_a_fault_of_the_device_is_named_at_onnx_to_device(tmp_path: Path) -> Non
     assert result.bundle is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("faults")
 def test_a_fault_of_int8_is_named_at_onnx_to_int8_and_rolled_back(tmp_path: Path) -> None:
     result = kit.run(

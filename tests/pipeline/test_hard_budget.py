@@ -40,6 +40,7 @@ def untrained(width: int) -> nn.Module:
     return module
 
 
+@pytest.mark.slow
 def test_a_net_whose_int8_is_slower_ships_in_float(tmp_path: Path) -> None:
     result = kit.run("classification", tmp_path / "run", student=solved(8), options=FROZEN, budget=Budget(latency_share=0.3, max_drop=0.2))
     assert result.verdict.outcome is Outcome.PASS
@@ -59,6 +60,7 @@ def test_a_net_whose_int8_is_slower_ships_in_float(tmp_path: Path) -> None:
     assert "Simulated numbers were accepted" in result.report.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", [kit.fixed("classification"), kit.family("classification", width=[4, 16])], ids=["fixed", "family"])
 def test_a_budget_out_of_reach_ends_with_a_certificate_and_no_bundle(student: Fixed, tmp_path: Path) -> None:
     result = kit.run("classification", tmp_path / "run", student=student, budget=Budget(latency_ms=0.03, max_drop=0.3))
@@ -90,6 +92,7 @@ def test_a_budget_out_of_reach_on_a_simulated_target_is_a_refuse(tmp_path: Path)
     assert RunSummary.load(result.run_dir / "run.json").verdict == result.verdict
 
 
+@pytest.mark.slow
 def test_a_share_that_is_missed_by_less_than_the_teachers_uncertainty_is_a_refuse(tmp_path: Path) -> None:
     def student(share: float, run_dir: str) -> tuple[Result, Point, Point]:
         result = kit.run("classification", tmp_path / run_dir, student=kit.fixed("classification"), budget=Budget(latency_share=share))
@@ -105,6 +108,7 @@ def test_a_share_that_is_missed_by_less_than_the_teachers_uncertainty_is_a_refus
     assert "the limit is a share of the teacher's latency" in near.verdict.reason
 
 
+@pytest.mark.slow
 def test_students_that_all_diverge_end_in_a_refuse_that_names_each(tmp_path: Path) -> None:
     wild = kit.options(
         accept_simulated=True,
@@ -119,6 +123,7 @@ def test_students_that_all_diverge_end_in_a_refuse_that_names_each(tmp_path: Pat
     assert not (result.run_dir / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_the_limit_that_the_certificate_names_does_fit(tmp_path: Path) -> None:
     first = kit.run("classification", tmp_path / "run", student=solved(16), options=FROZEN, budget=Budget(latency_ms=0.03, max_drop=0.2))
     would_fit_ms = float(first.verdict.reason.split("A budget of ")[1].split(" ms")[0])
@@ -133,6 +138,7 @@ def test_implausible_budgets_are_refused_before_anything_is_trained(tmp_path: Pa
         assert not list((tmp_path / str(latency_ms) / "stages").glob("*"))
 
 
+@pytest.mark.slow
 def test_extreme_budgets_are_judged_when_they_are_allowed(tmp_path: Path) -> None:
     extreme = msgspec.structs.replace(FROZEN, allow_extreme=True)
     above = kit.run("classification", tmp_path / "above", student=solved(16), options=extreme, budget=Budget(latency_ms=5.0, max_drop=0.2))
@@ -176,6 +182,7 @@ def test_a_student_over_the_budget_never_passes_when_the_screen_is_too_kind(tmp_
     assert open_bundle(result.bundle).manifest.verdict.outcome is Outcome.FAIL
 
 
+@pytest.mark.slow
 def test_a_quantized_teacher_that_misses_its_verdict_gives_way_to_the_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_runtimes(tmp_path / "plugin", monkeypatch, KIND_SCREEN, {"kind-screen": "KindScreen"})
     result = kit.run(
@@ -232,6 +239,7 @@ def student():
 """
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_1_when_the_student_is_over_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_runtimes(tmp_path / "plugin", monkeypatch, KIND_SCREEN, {"kind-screen": "KindScreen"})
     (tmp_path / "kind_job.py").write_text(JOB_MODULE, encoding="utf-8")
@@ -241,6 +249,7 @@ def test_the_command_exits_with_1_when_the_student_is_over_the_budget(tmp_path: 
     assert "fail" in done.output.lower()
 
 
+@pytest.mark.slow
 def test_the_quantized_teacher_ships_when_it_alone_is_accurate_enough(tmp_path: Path) -> None:
     result = kit.run("classification", tmp_path / "run", student=Fixed(untrained(16)), options=FROZEN, budget=Budget(latency_share=0.6, max_drop=0.1))
     assert result.verdict.outcome is Outcome.PASS
@@ -265,6 +274,7 @@ def test_the_quantized_teacher_ships_when_no_student_fits_the_budget(tmp_path: P
     open_bundle(result.bundle)
 
 
+@pytest.mark.slow
 def test_simulated_numbers_are_refused_unless_accepted(tmp_path: Path) -> None:
     refusing = msgspec.structs.replace(FROZEN, accept_simulated=False)
     result = kit.run("classification", tmp_path / "run", student=solved(16), options=refusing)

@@ -99,6 +99,7 @@ def call_teacher(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     return logits
 
 
+@pytest.mark.slow
 def test_an_onnx_file_teaches_a_student(tmp_path: Path) -> None:
     result = kit.run("classification", tmp_path / "run", teacher=onnx_teacher(tmp_path / "onnx"), student=kit.fixed("classification"))
     check_run(result, "classification")
@@ -107,6 +108,7 @@ def test_an_onnx_file_teaches_a_student(tmp_path: Path) -> None:
     assert teacher.accuracy == 1.0
 
 
+@pytest.mark.slow
 def test_a_callable_teaches_a_student_under_an_absolute_budget(tmp_path: Path) -> None:
     result = kit.run(
         "classification", tmp_path / "run", teacher=call_teacher, student=kit.fixed("classification"), budget=Budget(latency_ms=0.11, max_drop=0.3)
@@ -143,6 +145,7 @@ def test_a_plan_has_a_row_for_every_stage_and_does_nothing(space: StudentSpace, 
     assert list(tmp_path.rglob("*")) == []
 
 
+@pytest.mark.slow
 def test_a_plan_calls_finished_only_what_would_be_reused(tmp_path: Path) -> None:
     kit.run("classification", tmp_path / "run", student=kit.fixed("classification"))
     same = {row.stage: row for row in kit.plan("classification", tmp_path / "run", student=kit.fixed("classification")).rows}

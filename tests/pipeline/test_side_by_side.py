@@ -72,6 +72,7 @@ def test_ledger_compares_latencies_of_one_screen_when_the_device_drifts(tmp_path
         assert found == pytest.approx(expected, rel=0.1), (stage, step)
 
 
+@pytest.mark.slow
 def test_candidates_compete_in_float_when_their_int8_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_runtimes(tmp_path / "plugin", monkeypatch, PLUGIN, {"closed": "Closed"})
     result = kit.run("classification", tmp_path / "run", overrides=["runtime.kind=closed"], options=QUICK, budget=Budget(latency_share=0.9, max_drop=0.9))
@@ -105,6 +106,7 @@ def test_candidates_are_calibrated_within_the_memory_of_the_options(tmp_path: Pa
     assert not list((tmp_path / "run" / "stages").glob("distil-*"))
 
 
+@pytest.mark.slow
 def test_ledger_says_that_a_large_family_was_sampled(tmp_path: Path) -> None:
     student = Family(kit.classifier, max_candidates=2, width=[4, 8, 16])
     result = kit.run("classification", tmp_path / "run", student=student, options=QUICK, budget=Budget(latency_share=0.9, max_drop=0.9))

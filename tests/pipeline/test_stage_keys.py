@@ -155,6 +155,7 @@ def test_changed_student_redoes_from_the_search_on(world: World) -> None:
     assert world.run() == [name for name in ALL if name != "baseline"]
 
 
+@pytest.mark.slow
 def test_changed_code_of_an_own_task_redoes_everything(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     source = "from edgekd.tasks import Classification\nclass Mine(Classification):\n    extra = {}\n"
