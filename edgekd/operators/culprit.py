@@ -135,7 +135,7 @@ class _Search:
         steps = path.split(".") if path else []
         for length in range(len(steps), -1, -1):
             here = ".".join(steps[:length])
-            if here in self.layers and not is_library(type(self.layers[here]).__module__):
+            if here in self.calls and not is_library(type(self.layers[here]).__module__):
                 return here
         return ""
 

@@ -12,7 +12,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, ConvertRequest, Target, Tensors
 from edgekd.conversion.toolchain import Toolchain
-from edgekd.errors import ModelError, Rejected, UnsupportedModel
+from edgekd.errors import ModelError, Rejected, RunnerFailed, UnsupportedModel
 from edgekd.parity.blame import Compare, blame
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
 from edgekd.parity.graph import depth_told
@@ -79,7 +79,7 @@ class Hop:
         reference = torch_outputs(module, inputs)
         try:
             outputs = self.target.runtime.infer(model, inputs)
-        except (ModelError, UnsupportedModel) as error:
+        except (ModelError, RunnerFailed, UnsupportedModel) as error:
             return Trouble("run", "", str(error.found or error)), ""
         if any(value.dtype.kind == "f" and not np.isfinite(value).all() for value in reference.values()):
             return None, "not compared: the untrained network gives NaN or infinity"
@@ -140,7 +140,7 @@ def flat_call(layer: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any
         result = layer(*call_args, **call_kwargs)
     taken = [at for at, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and id(leaf) in read]
     bare = {at for at in taken if leaves[at].ndim == 0 or leaves[at].shape[0] != 1}
-    outputs = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    outputs = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.numel()]
     opened = [leaf.ndim == 0 or leaf.shape[0] != 1 for leaf in outputs]
 
     def forward(self: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -148,7 +148,7 @@ def flat_call(layer: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any
         for at, tensor in zip(taken, tensors, strict=True):
             whole[at] = tensor.squeeze(0) if at in bare else tensor
         given, named = _pytree.tree_unflatten(whole, structure)
-        made = [leaf for leaf in _pytree.tree_leaves(self.get_submodule("part")(*given, **named)) if isinstance(leaf, torch.Tensor)]
+        made = [leaf for leaf in _pytree.tree_leaves(self.get_submodule("part")(*given, **named)) if isinstance(leaf, torch.Tensor) and leaf.numel()]
         return tuple(leaf.unsqueeze(0) if add else leaf for leaf, add in zip(made, opened, strict=True))
 
     alone: torch.nn.Module = type(type(layer).__name__, (torch.nn.Module,), {"forward": forward})()

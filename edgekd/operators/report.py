@@ -107,13 +107,13 @@ class PreflightReport(Record, tag="edgekd.preflight/1", frozen=True, kw_only=Tru
             "conversions": self.conversions,
         }
 
-    def require_some(self) -> None:
-        """Refuse where no student can be made into a file that runs on the target; one that computes something else is the run's to judge.
+    def require_some(self, *, or_differing: bool = False) -> None:
+        """Refuse where no student is left; with `or_differing` one is enough that runs on the target, but computes something else.
 
         Raises:
-            ModelError: no set gave such a file; the message is the diagnosis, the subject the path of the first culprit.
+            ModelError: there is none; the message is the diagnosis, the subject the path of the first culprit.
         """
-        if any(item.passed or item.parity is not None for item in self.sets):
+        if any(item.passed or (or_differing and item.parity is not None) for item in self.sets):
             return
         found = [self.diagnosis(item) for item in self.sets] or [f"{label}: {reason}" for label, reason in self.unbuildable.items()]
         culprit = next((item.culprit for item in self.sets if item.culprit is not None), None)

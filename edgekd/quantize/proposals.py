@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgekd.artifact import StoredArtifact
+from edgekd.errors import UnsupportedModel
 from edgekd.quantize.recipes import SCHEMES, candidate_schemes
 from edgekd.quantize.structure import Kind, Structure, structure_of
 from edgekd.records import Capabilities, Format, Precision
@@ -156,7 +157,15 @@ def int8_proposals(artifact: StoredArtifact, capabilities: Capabilities, structu
         UnsupportedModel: the target has no int8 scheme for its files.
     """
     candidate_schemes(capabilities)
-    return tuple(proposal for proposal in propose(artifact, capabilities, structure) if proposal.precision is Precision.INT8)
+    found = tuple(proposal for proposal in propose(artifact, capabilities, structure) if proposal.precision is Precision.INT8)
+    if not found:
+        raise UnsupportedModel(
+            "the target computes no int8 of this file",
+            found=f"a file of {artifact.record.format.value}; schemes {', '.join(capabilities.schemes)}",
+            allowed=", ".join(precision.value for precision in capabilities.precisions),
+            hint="deploy in float",
+        )
+    return found
 
 
 def timed_proposals(proposals: tuple[Proposal, ...]) -> tuple[Proposal, ...]:

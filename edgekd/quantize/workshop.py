@@ -86,7 +86,7 @@ class Workshop:
                 example=self._example,
                 recipe=recipe,
                 calibration=self.calibration,
-                ranges=self.ranges(scheme, method),
+                ranges=self.ranges(_ranged(recipe), method),
             )
             self._done[key] = Made(self.converter.convert(request), recipe)
         return self._done[key]
@@ -102,7 +102,7 @@ class Workshop:
         """How far the recipe's ranges depend on which samples calibrate; `None` where the scheme takes no ranges, or one sample calibrates."""
         if recipe.scheme == "dynamic_int8" and "static_int8" not in recipe.op_rules.values():
             return None
-        symmetric = SCHEMES[recipe.scheme].symmetric_activations
+        symmetric = SCHEMES[_ranged(recipe)].symmetric_activations
         return self.statistics.stability(recipe.calibration.method, self.options.percentile, symmetric=symmetric)
 
     def outputs(self, model: StoredArtifact, inputs: Tensors) -> dict[str, Array]:
@@ -114,6 +114,11 @@ class Workshop:
         outputs = self.outputs(made.artifact, inputs)
         task.check(outputs, targets, "validation")
         return task.scores(outputs, targets)
+
+
+def _ranged(recipe: QuantRecipe) -> str:
+    """The scheme among the recipe's that takes activation ranges: where operators have a scheme of their own, `static_int8` is it."""
+    return "static_int8" if recipe.scheme == "dynamic_int8" and "static_int8" in recipe.op_rules.values() else recipe.scheme
 
 
 def _made(folder: Path) -> Path:

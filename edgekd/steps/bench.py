@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -80,7 +81,7 @@ class CandidateBench:
             sets,
             {candidate.label: candidate.spec for candidate in candidates},
             build=lambda spec: context.space.build(spec, context.seed),
-            keep=lambda spec, module, _: self._float(spec, module),
+            keep=lambda spec, module, _: self._float(spec, module, anew=True),
             hop=Hop(context.target, context.toolchain),
             inputs=context.validation.all(SAMPLES).inputs,
         )
@@ -140,13 +141,19 @@ class CandidateBench:
                 self.float_only[spec.label()] = f"int8 could not be made: {error}"
         return out
 
-    def _float(self, spec: StudentSpec, module: torch.nn.Module | None) -> StoredArtifact:
-        """A candidate's float file; `module` is the candidate, where it is built already."""
+    def _float(self, spec: StudentSpec, module: torch.nn.Module | None, *, anew: bool = False) -> StoredArtifact:
+        """A candidate's float file; `module` is the candidate, where it is built already.
+
+        `anew` replaces what a killed search left: a factory may draw weights from a generator that no seed governs, and the file is compared with `module`.
+        """
 
         def make(place: Path) -> StoredArtifact:
             return self.context.export(self.context.space.build(spec, self.context.seed) if module is None else module, place)
 
-        return self._kept(f"{short_name(spec)}-fp32", make)
+        name = f"{short_name(spec)}-fp32"
+        if anew:
+            shutil.rmtree(self.scratch / "candidates" / name, ignore_errors=True)
+        return self._kept(name, make)
 
     def _kept(self, name: str, make: Callable[[Path], StoredArtifact]) -> StoredArtifact:
         final = self.scratch / "candidates" / name

@@ -50,7 +50,7 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
     if not candidates:
         raise _nothing_runs(bench.unbuildable)
     report = bench.preflight(candidates)
-    report.require_some()
+    report.require_some(or_differing=True)
     context.note("search", report.summary())
     refused = report.refused()
     first = row(context, "search", "preflight", "noted", report.summary(), details=report.counts())

@@ -185,6 +185,25 @@ class Branching(nn.Module):
         return made if made.mean() < 100 else made * 2
 
 
+def test_attention_in_a_network_without_a_trace_stays_in_float_and_is_named() -> None:
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mixed = self.attention(x, x, x, need_weights=False)[0] if float(x.sum()) > -1e9 else x
+            return self.head(mixed.mean(1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    inputs = {"x": np.random.default_rng(0).standard_normal((4, 6, 8)).astype(np.float32)}
+    prepared = prepare_qat(Untraceable(), "u8s8", inputs)
+    assert "attention.out_proj" in prepared.report.left_in_float
+    assert [name.split(".")[0] for name in prepared.report.weighted] == ["head"]
+    assert prepared(torch.from_numpy(inputs["x"])).shape == (4, 3)
+
+
 def test_a_network_without_a_trace_is_covered_by_its_modules_and_says_so() -> None:
     module = Branching().eval()
     prepared = prepare_qat(module, "u8s8", IMAGE)

@@ -106,6 +106,9 @@ def test_a_wrong_lowering_is_found_and_traced_to_its_module(notes: Path) -> None
     assert (culprit.module, culprit.step, culprit.operator) == ("1.1", "parity", "aten.tanh")
     assert "largest error" in culprit.reason
     assert "computes something else on the target null" in report.diagnosis(report.sets[0])
+    report.require_some(or_differing=True)  # a run judges it at its hop
+    with pytest.raises(ModelError, match="computes something else"):
+        report.require_some()
 
 
 @pytest.mark.slow
@@ -122,6 +125,25 @@ def test_a_part_that_is_called_with_keywords_tuples_and_another_first_axis_can_b
             return self.bad(x=torch.cat([out[-1], last[0]], 1))  # type: ignore[no-any-return]
 
     assert the_culprit(answer(Recurrent(), ROWS)).module == "bad"
+
+
+@pytest.mark.slow
+def test_a_part_inside_a_list_of_the_users_own_kind_is_named() -> None:
+    class Heads(nn.ModuleList):
+        """Holds layers, and is never called itself."""
+
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = Heads([nn.RReLU(), nn.Linear(8, 4)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second = self.heads
+            return second(first(x).cumprod(1))  # type: ignore[no-any-return]
+
+    culprit = the_culprit(answer(Held(), ROWS))
+    assert culprit.module in ("", "heads.0")
+    assert culprit.place.startswith("test_preflight.py:")
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")

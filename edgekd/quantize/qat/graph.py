@@ -67,7 +67,7 @@ def fuse(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
     if not isinstance(norm, NORMS) or norm.running_mean is None or not quantizable(layer):
         return None
     if isinstance(layer, nn.Linear):
-        return fuse_linear_bn_eval(layer, norm) if isinstance(norm, nn.BatchNorm1d) else None
+        return fuse_linear_bn_eval(layer, norm) if isinstance(norm, nn.BatchNorm1d) and norm.num_features == layer.out_features else None
     return fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, _TRANSPOSED))  # type: ignore[type-var]
 
 

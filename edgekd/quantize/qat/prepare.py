@@ -177,15 +177,30 @@ def _by_modules(plain: nn.Module, scheme: str, rules: Scheme, arguments: tuple[T
                     holder.set_submodule(norm_name, nn.Identity())
                     folded.append(f"{path}.{name}" if path else name)
     bad = _differs(expected, _outputs(model, arguments, "the network with folded batch norms fails on the example"))
-    if bad:
-        raise ModelError("folding the batch norms changes the network", found=bad, hint="fold them before", subject=bad)
-    left = {name: type(one).__name__ for name, one in model.named_modules() if not list(one.children()) and not quantizable(one) and list(one.parameters())}
+    if bad:  # a pair in a row is no pair in use: norms over another axis, or layers that are called elsewhere too
+        model, folded = copy.deepcopy(plain), []
+    inside = _inside_torch(model)
+    left = {
+        name: type(one).__name__
+        for name, one in model.named_modules()
+        if not list(one.children()) and list(one.parameters()) and (name in inside or not quantizable(one))
+    }
     if quantizable(model):
         model = _Around(QuantWeighted(model, rules), rules)
-    for name in [name for name, one in model.named_modules() if name and quantizable(one)]:
-        if not name.endswith("layer.layer"):
+    else:
+        for name in [name for name, one in model.named_modules() if name not in inside and quantizable(one)]:
             model.set_submodule(name, _Around(QuantWeighted(model.get_submodule(name), rules), rules))
     return QatModule(model, _report(model, scheme, reason, tuple(folded), left)).eval()
+
+
+def _inside_torch(model: nn.Module) -> set[str]:
+    """The paths of what lies inside torch's own layers (attention, transformer layers): these read their parts' weights themselves."""
+    found: set[str] = set()
+    for path, one in model.named_modules():
+        kind = type(one).__module__
+        if kind.startswith("torch.") and not kind.endswith(".container"):
+            found |= {f"{path}.{name}" if path else name for name, _ in one.named_modules() if name}
+    return found
 
 
 class _Around(nn.Module):
