@@ -139,8 +139,8 @@ def convert(
     `options` go to converters by name, for example `{"tflite-from-torch": {"channel_last": True}}`; `environments` is a folder as in
     `edgekd env --path`. `outputs` names the outputs that stay: the others go, with what only fed them. `max_transposes` bounds the operators
     that move a whole tensor in the file at the end; by default a TFLite file from a torch module or an ONNX file may hold as many as these ask
-    for, and those at the borders (`docs/graphs.md`). `processing` (a record, or a TOML or JSON file) says what lies before and behind the
-    network, and which parts are built into the file: `example` and `calibration` are then raw.
+    for, and those at the borders (`docs/graphs.md`); more are noted where `via` names the road. `processing` (a record, or a TOML or JSON file)
+    says what lies before and behind the network, and which parts are built into the file: `example` and `calibration` are then raw.
     `progress` is a function of lines, or whether they go to standard error.
 
     Raises:
@@ -190,7 +190,7 @@ def convert(
         run = Run(source, route, say, folder_of, own)
         run.inputs, run.inputs_text = compared, compared_text
         run.open_targets(stack, target, overrides)
-        run.bound_transposes(max_transposes)
+        run.bound_transposes(max_transposes, named=bool(via))
         run.processing, run.file_notes = told, {} if told is None else file_notes(told)
         if calibration is not None:
             run.calibrate(calibration, scheme, method)

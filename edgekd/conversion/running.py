@@ -14,7 +14,7 @@ from edgekd.conversion.bounds import Bound, asked_bound, module_bound, onnx_boun
 from edgekd.conversion.formats import HOST_PROFILES, TORCH, Route
 from edgekd.conversion.inputs import Source, refit
 from edgekd.conversion.processing import require_range
-from edgekd.errors import ConfigError, UnsupportedModel
+from edgekd.errors import ConfigError, ConversionRejected, UnsupportedModel
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
 from edgekd.parity.graph import output_ranges
 from edgekd.records import Format, HopParity, Precision, Processing, QuantRecipe
@@ -36,6 +36,7 @@ class Run:
         self.calibration: CalibrationSet | None = None
         self.recipe: QuantRecipe | None = None
         self.bound: Bound | None = None
+        self.bound_is_note = False
         self.file_notes: Mapping[str, str] = {}
         self.processing: Processing | None = None
 
@@ -115,7 +116,7 @@ class Run:
                     subject=edge.converter,
                 )
             if self.bound is not None and edge.target == self.route.formats[-1]:
-                require_bound(made, self.bound, edge.converter)
+                self._hold_to_bound(made, self.bound, edge.converter)
             spec = made.record.iospec
             inputs = refit(inputs, before, made, changed=edge.source != edge.target)
             if calibration is not None:
@@ -126,9 +127,13 @@ class Run:
             here = made
         return here
 
-    def bound_transposes(self, limit: int | None) -> None:
-        """Set how many transpositions the file at the end may hold: `limit`, else for TFLite what the source asks for, where that can be counted."""
+    def bound_transposes(self, limit: int | None, *, named: bool) -> None:
+        """Set how many transpositions the file at the end may hold: `limit`, else for TFLite what the source asks for, where that can be counted.
+
+        `named`: the road was named by the caller. What it writes beyond the source's own is then noted and not refused.
+        """
         last = self.route.formats[-1]
+        self.bound_is_note = named and limit is None
         if limit is not None:
             if last not in (Format.ONNX.value, Format.TFLITE.value):
                 raise ConfigError(
@@ -139,6 +144,15 @@ class Run:
             self.bound = module_bound(self.source.module, self.inputs, self.source.iospec)
         elif last == Format.TFLITE.value and self.source.format == Format.ONNX.value and self.source.artifact is not None:
             self.bound = onnx_bound(self.source.artifact)
+
+    def _hold_to_bound(self, made: StoredArtifact, bound: Bound, converter: str) -> None:
+        try:
+            require_bound(made, bound, converter)
+        except ConversionRejected as error:
+            if not self.bound_is_note:
+                raise
+            self.notes.append(f"{error.what} (expected at most {error.allowed}): the road that was named writes them")
+            self.say(self.notes[-1])
 
     def _outputs(self, at: str, model: StoredArtifact | None, inputs: Tensors) -> Tensors | None:
         """Outputs of the model as it stands; nothing where no runtime of the host runs this format, or there are no hops to compare."""

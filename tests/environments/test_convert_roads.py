@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import edgekd
+from edgekd.errors import ConversionRejected
 from edgekd.models.tflite_file import load_model, precision_of, read_graph
 from edgekd.records import Precision
 from tests.contracts.tiny_models import ConvNet, noise
@@ -53,7 +54,12 @@ def test_onnx_by_way_of_a_saved_model_is_compared_over_it(tmp_path: Path, need: 
     made = edgekd.convert(ConvNet(), to="tflite", via=("saved_model",), example=SOME, out=out, environments=home, progress=False)
     assert made.route == ("onnx-legacy-from-torch", "saved-model-from-onnx", "tflite-from-saved-model")
     assert [(hop.hop, hop.passed) for hop in made.parity] == [("torch -> onnx", True), ("onnx -> saved_model -> tflite", True)]
-    assert "saved_model" in made.notes[0]
+    assert "saved_model" in " ".join(made.notes)
+    assert "6 transpositions" in " ".join(made.notes), "onnx-tf turns around every convolution: noted, since the road was named"
+    with pytest.raises(ConversionRejected, match="6 transpositions"):
+        edgekd.convert(
+            ConvNet(), to="tflite", via=("saved_model",), example=SOME, out=tmp_path / "n.tflite", environments=home, max_transposes=3, progress=False
+        )
     folder = edgekd.convert(source.entry, to="saved_model", example=SOME, out=tmp_path / "folder", environments=home, progress=False)
     assert (tmp_path / "folder" / "saved_model.pb").is_file()
     again = edgekd.convert(tmp_path / "folder", to="tflite", example=SOME, out=tmp_path / "again.tflite", environments=home, progress=False)
