@@ -107,7 +107,7 @@ def check_extras(declared: Mapping[str, Iterable[str]] | None = None) -> tuple[E
     sizes = extra_sizes().extras
     rows = []
     for extra in sorted(known, key=lambda name: (list(ABOUT).index(name) if name in ABOUT else len(ABOUT), name)):
-        packages = tuple(check_package(text) for text in dict.fromkeys(_flat(extra, known)) if not _for_another_machine(text))
+        packages = tuple(dict.fromkeys(check_package(text) for text in _flat(extra, known) if not _for_another_machine(text)))
         missing = any(row.problem for row in packages)
         size = sizes[extra].size_mb if extra in sizes else None
         rows.append(ExtraRow(extra=extra, packages=packages, about=ABOUT.get(extra, ""), size_mb=size, remedy=install_line(extra) if missing else ""))
