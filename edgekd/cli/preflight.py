@@ -83,7 +83,7 @@ def _of_job(path: Path, targets: tuple[str, ...], overrides: tuple[str, ...]) ->
 def _print(report: PreflightReport) -> None:
     """The sets as a table, then every refusal in words."""
     simulated = f", SIMULATED: {report.simulated}" if report.simulated else ""
-    title = f"Operator sets on {report.target} ({report.format}{simulated}), {report.conversions} conversion{"" if report.conversions == 1 else "s"}"
+    title = f"Operator sets on {report.target} ({report.format}{simulated}), {report.conversions} conversion{'' if report.conversions == 1 else 's'}"
     print_table(title, ("set", "students", "tried", "result", "module", "operator"), [_row(item) for item in report.sets], numeric=(1,))
     for item in report.sets:
         if not item.passed:
