@@ -86,6 +86,8 @@ def convert(
     if fastest:
         if target is None or steps or allow_divergence:
             raise click.UsageError("--fastest needs --target, and goes with neither --via nor --allow-divergence")
+        if outputs or max_transposes is not None or channel_last or processing is not None:
+            raise click.UsageError("--fastest does not take --outputs, --max-transposes, --channel-last or --processing: convert with them first")
         return _fastest(
             source,
             to_format or _to(out) or source_format(source),

@@ -290,6 +290,14 @@ def test_convert_to_int8_writes_a_model_and_compares_it(model: Path, tmp_path: P
     assert (tmp_path / "folder" / "artifact.json").is_file()
 
 
+@pytest.mark.parametrize("extra", [("--outputs", "y"), ("--max-transposes", "0"), ("--channel-last",)])
+def test_fastest_refuses_what_it_does_not_pass_on(model: Path, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    done = edgekd("convert", model / "net.onnx", "--fastest", "--target", "null", *extra, "-o", tmp_path / "m.onnx")
+    assert done.exit_code != 0
+    assert extra[0] in done.output
+    assert not (tmp_path / "m.onnx").exists()
+
+
 def test_convert_plan_lists_the_roads_with_what_is_missing_and_writes_nothing(model: Path, tmp_path: Path) -> None:
     none = tmp_path / "none"
     done = edgekd("convert", model / "net.onnx", "--to", "tflite", "--precision", "int8", "--environments", none, "--plan", "--json")
