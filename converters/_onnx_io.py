@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -67,19 +68,24 @@ def last_message(error: BaseException) -> str:
     return f"{type(error).__name__}: {(kept or lines or [''])[0][:300]}"
 
 
-def host_infer(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:
-    """Outputs and tapped tensors for all samples, `(samples, ...)`, by onnxruntime in this process, unoptimized, one thread, one by one."""
+def plain_session(model: Any) -> Any:
+    """A session of a model in this process, unoptimized, one thread."""
     import onnxruntime as ort
 
-    onnx = require_onnx("running an ONNX model")
-    proto = load_model(model.entry)
-    present = {item.name for item in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps if name not in present)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def host_infer(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:
+    """Outputs and tapped tensors for all samples, `(samples, ...)`, by onnxruntime in this process, unoptimized, one thread, one by one."""
+    onnx = require_onnx("running an ONNX model")
+    proto = load_model(model.entry)
+    present = {item.name for item in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps if name not in present)
+    session = plain_session(proto)
     names = [item.name for item in session.get_outputs()]
     wanted = [item.name for item in session.get_inputs()]
     parts: dict[str, list[Array]] = {name: [] for name in names}

@@ -17,6 +17,8 @@ from edgekd.models.onnx_trim import trim
 from edgekd.parity.compare import compare_hop
 from edgekd.records import HopParity, IOSpec, Precision
 
+from ._onnx_io import plain_session
+
 
 def tidy(model: Any, iospec: IOSpec, example: Tensors) -> tuple[Any, dict[str, str]]:
     """The model without idle nodes and with its batch norms folded, and metadata about both.
@@ -91,14 +93,7 @@ def _run(model: Any, feeds: Tensors) -> dict[str, Array]:
     """All outputs with a sample axis, by onnxruntime without its own optimizations, else by ONNX's evaluator."""
     names = [item.name for item in model.graph.output]
     if importlib.util.find_spec("onnxruntime") is not None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 4
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        found = session.run(names, dict(feeds))
+        found = plain_session(model).run(names, dict(feeds))
     else:
         require_onnx("running an ONNX model")
         from onnx.reference import ReferenceEvaluator

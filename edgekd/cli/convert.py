@@ -83,46 +83,36 @@ def convert(
     from edgekd.records import IOSpec
 
     source: Any = named_object(model) if _is_named(model) else Path(model)
+    wanted = to_format or _to(out) or source_format(source)
+    given: dict[str, Any] = {
+        "calibration": calibration,
+        "example": inputs,
+        "out": out,
+        "scheme": scheme,
+        "method": method,
+        "target": target,
+        "overrides": overrides,
+        "iospec": None if iospec is None else IOSpec.load(iospec),
+        "environments": environments,
+        "progress": say,
+    }
     if fastest:
         if target is None or steps or allow_divergence:
             raise click.UsageError("--fastest needs --target, and goes with neither --via nor --allow-divergence")
         if outputs or max_transposes is not None or channel_last or processing is not None:
             raise click.UsageError("--fastest does not take --outputs, --max-transposes, --channel-last or --processing: convert with them first")
-        return _fastest(
-            source,
-            to_format or _to(out) or source_format(source),
-            as_json,
-            precision=precision or "fp32",
-            calibration=calibration,
-            example=inputs,
-            out=out,
-            scheme=scheme,
-            method=method,
-            target=target,
-            overrides=overrides,
-            iospec=None if iospec is None else IOSpec.load(iospec),
-            environments=environments,
-        )
+        return _fastest(source, wanted, as_json, precision=precision or "fp32", **given)
     made = edgekd.convert(
         source,
-        to_format or _to(out) or source_format(source),
+        wanted,
         precision=precision,
-        calibration=calibration,
         via=steps,
-        example=inputs,
-        out=out,
-        scheme=scheme,
-        method=method,
-        target=target,
-        overrides=overrides,
         outputs=_names(outputs) or None,
         max_transposes=max_transposes,
         processing=processing,
         options={"tflite-from-torch": {"channel_last": True}} if channel_last else None,
-        iospec=None if iospec is None else IOSpec.load(iospec),
-        environments=environments,
         allow_divergence=allow_divergence,
-        progress=say,
+        **given,
     )
     if as_json:
         print_json(made.to_builtins())
@@ -136,7 +126,7 @@ def _fastest(source: Any, to: str, as_json: bool, **given: Any) -> int:
     from edgekd.conversion.fastest import fastest
     from edgekd.report.words import ms_text
 
-    found = fastest(source, to, progress=say, **given)
+    found = fastest(source, to, **given)
     if as_json:
         print_json(found.to_builtins())
         return 0

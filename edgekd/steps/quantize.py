@@ -69,7 +69,7 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
             raise
         return stay("rolled back", str(error))
     result, seen = made.result, made.after
-    tried = tuple(tried_rows(context, result))
+    tried = tuple(_tried_rows(context, result))
     int8_scores = np.asarray(result.scores)
     after = standing(result.artifact, seen, int8_scores, teacher_scores, context.budget, baseline.limit_ms)
     int8_point = point(seen, precision=Precision.INT8, role="student", accuracy=float(int8_scores.mean()))
@@ -113,7 +113,7 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
     )
 
 
-def tried_rows(context: Context, result: QuantizeResult) -> list[LedgerRow]:
+def _tried_rows(context: Context, result: QuantizeResult) -> list[LedgerRow]:
     """What was proposed, tried and measured, and how stable the calibration is, as ledger rows."""
     rows = []
     for tried in result.tried:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
+
+from tests.contracts.plug_in import install
 
 _SOURCE = '''
 from edgekd.artifact import store_artifact
@@ -146,17 +147,8 @@ class Liar(Copy):
 class Foreign(Copy):
     name, source, target = "fake-foreign", "onnx", "paper"
 '''
-_numbers = itertools.count()
 
 
 def install_converters(folder: Path, monkeypatch: pytest.MonkeyPatch, **names: str) -> None:
     """Converters by entry points until the test ends: `fake_pack="Pack"` registers that class as `fake-pack`."""
-    module = f"edgekd_converters_under_test_{next(_numbers)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{module}.py").write_text(_SOURCE, encoding="utf-8")
-    info = folder / f"{module}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n", encoding="utf-8")
-    lines = "".join(f"{name.replace('_', '-')} = {module}:{attribute}\n" for name, attribute in names.items())
-    (info / "entry_points.txt").write_text(f"[edgekd.converters]\n{lines}", encoding="utf-8")
-    monkeypatch.syspath_prepend(folder)
+    install(folder, monkeypatch, _SOURCE, converters={name.replace("_", "-"): attribute for name, attribute in names.items()})

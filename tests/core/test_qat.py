@@ -25,7 +25,7 @@ from edgekd.quantize.recipes import Scheme
 from edgekd.records import Precision
 from edgekd.registry import load
 from tests.contracts.litert_nets import Recurrent, Residual, images, sequences
-from tests.contracts.tiny_models import ConvNet, TwoInputs, UNet, export, noise, ort_infer, prepare
+from tests.contracts.tiny_models import ConvNet, TwoInputs, UNet, exact_infer, export, noise, ort_infer, prepare
 
 pytestmark = pytest.mark.torch
 
@@ -250,17 +250,6 @@ def optimized(artifact: StoredArtifact, folder: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(str(folder / "optimized.onnx")).graph.node)
 
 
-def unoptimized(artifact: StoredArtifact, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """The file as it is written, without fusions: this processor's int8 kernels may saturate."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(artifact.entry), options, providers=["CPUExecutionProvider"])
-    (name,) = inputs
-    return np.concatenate([session.run(None, {name: inputs[name][at : at + 1]})[0] for at in range(len(inputs[name]))])
-
-
 @pytest.mark.parametrize(("kind", "inputs", "convolutions"), [(ConvNet, IMAGE, 3), (Residual, images(8), 6)])
 def test_the_frozen_network_is_exported_as_pairs_that_onnx_runtime_fuses(kind: Any, inputs: dict[str, np.ndarray], convolutions: int, tmp_path: Path) -> None:
     prepared = prepare_qat(kind().eval(), "u8s8_reduced", inputs).freeze()
@@ -281,7 +270,7 @@ def test_every_scheme_exports_what_it_computes(scheme: str, tmp_path: Path) -> N
     made = export(prepared, images(8), tmp_path)
     expected = outputs(prepared, images(8)).numpy()
     step = max(abs(end) for end in prepared.ranges().get("head", (0.0, float(np.abs(expected).max())))) / 100
-    assert np.abs(unoptimized(made, images(8)) - expected).max() <= step
+    assert np.abs(exact_infer(made, images(8))["output"] - expected).max() <= step
 
 
 def to_int8(prepared: QatModule, inputs: dict[str, np.ndarray], folder: Path, scheme: str) -> tuple[StoredArtifact, LearnedRanges]:

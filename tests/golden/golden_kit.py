@@ -16,6 +16,12 @@ from torch import nn
 
 import edgekd
 from edgekd.conversion.convert import Conversion
+from edgekd.models.layout import MOVING, RENAMING
+from edgekd.models.onnx_file import load_model as load_onnx
+from edgekd.models.onnx_file import named_ops as onnx_ops
+from edgekd.models.tflite_file import load_model as load_tflite
+from edgekd.models.tflite_file import named_ops as tflite_ops
+from edgekd.parity.measures import distance_of
 from edgekd.records import Format
 from edgekd.target import connect
 
@@ -35,8 +41,6 @@ SIGNAL_LOSS_DB = 2.0
 """Signal to error that may be lost in int8."""
 FLOAT_ERROR = 1e-4
 """The largest error of a float file, of the largest stored output."""
-
-_LAYOUT = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "TRANSPOSE", "RESHAPE", "SQUEEZE", "EXPAND_DIMS"}
 
 
 class Road(NamedTuple):
@@ -223,24 +227,18 @@ def measure(name: str, road: str, folder: Path) -> dict[str, Any]:
 
 def operators(path: Path) -> dict[str, int]:
     """How many operators of each type a file has."""
-    if path.suffix == ".onnx":
-        import onnx
-
-        return dict(sorted(Counter(node.op_type for node in onnx.load(path).graph.node).items()))
-    from edgekd.models.tflite_file import load_model, op_counts
-
-    return dict(sorted(op_counts(load_model(path)).items()))
+    ops = onnx_ops(load_onnx(path)) if path.suffix == ".onnx" else tflite_ops(load_tflite(path))
+    return dict(sorted(Counter(kind for _, kind in ops).items()))
 
 
 def layout_count(ops: Mapping[str, int]) -> int:
     """Operators that move values without computing any."""
-    return sum(count for name, count in ops.items() if name in _LAYOUT)
+    return sum(count for name, count in ops.items() if name in MOVING | RENAMING)
 
 
 def signal_db(reference: np.ndarray, found: np.ndarray) -> float:
-    """Signal to error in decibel, at most 200."""
-    noise = float(((reference - found) ** 2).mean())
-    return min(200.0, 10 * float(np.log10((reference**2).mean() / noise))) if noise > 0 else 200.0
+    """Signal to error in decibel."""
+    return distance_of(reference.astype(np.float64).ravel(), found.astype(np.float64).ravel()).sqnr_db
 
 
 def complaints(road: str, recorded: Mapping[str, Any], reference: np.ndarray, found: Mapping[str, Any], *, exact: bool = True) -> list[str]:

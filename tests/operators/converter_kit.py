@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.contracts.plug_in import install
+
 _SOURCE = '''
 from pathlib import Path
 
@@ -93,17 +95,7 @@ def replace_models(request):
 '''
 
 
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> Path:
+def install_counting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The exporter `counting-from-torch` and the runtimes `keras-only` and `picky` until the test ends; the file that lists conversions."""
-    module = f"edgekd_exporter_{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{module}.py").write_text(_SOURCE, encoding="utf-8")
-    info = folder / f"{module}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text(
-        f"[edgekd.converters]\ncounting-from-torch = {module}:Counting\n\n[edgekd.runtimes]\nkeras-only = {module}:KerasOnly\npicky = {module}:Picky\n",
-        encoding="utf-8",
-    )
-    monkeypatch.syspath_prepend(folder)
+    install(folder, monkeypatch, _SOURCE, converters={"counting-from-torch": "Counting"}, runtimes={"keras-only": "KerasOnly", "picky": "Picky"})
     return folder / "conversions.txt"

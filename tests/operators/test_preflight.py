@@ -11,7 +11,7 @@ import pytest
 import edgekd
 from edgekd.errors import ConfigError, DataError, ModelError
 from edgekd.operators.report import Culprit, OperatorSet, PreflightReport
-from tests.operators import converter_kit
+from tests.operators.converter_kit import install_counting
 
 pytest.importorskip("torch")
 import torch
@@ -42,8 +42,8 @@ def the_culprit(report: PreflightReport) -> Culprit:
 
 
 @pytest.fixture
-def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
-    return converter_kit.install(tmp_path / "plugin", monkeypatch, "".join(char if char.isalnum() else "_" for char in request.node.name))
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return install_counting(tmp_path / "plugin", monkeypatch)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from edgekd.operators.report import PreflightReport
 from edgekd.records import Budget
 from edgekd.spaces import Family, Fixed
 from edgekd.stages import Event
-from tests.operators import converter_kit, nets
+from tests.operators import nets
+from tests.operators.converter_kit import install_counting
 from tests.pipeline import pipeline_kit as kit
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -64,7 +65,7 @@ def test_where_nothing_passes_the_error_is_the_diagnosis(space: Family | Fixed, 
 
 
 def test_its_conversions_are_used_again_and_a_resumed_run_does_not_repeat_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notes = converter_kit.install(tmp_path / "plugin", monkeypatch, "resumed")
+    notes = install_counting(tmp_path / "plugin", monkeypatch)
     space = Family(nets.net, width=[4, 8], act=["good", "branch"])
     options = msgspec.structs.replace(OPTIONS, allow_extreme=True)
 
