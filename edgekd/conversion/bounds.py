@@ -119,10 +119,13 @@ def require_bound(made: StoredArtifact, bound: Bound, converter: str) -> None:
     Raises:
         ConversionRejected: names the count, the operators and what removes them.
     """
-    count = int(made.record.metadata.get("transposes", "0"))
-    if count <= bound.limit:
+    told = made.record.metadata.get("transposes")
+    if told is not None and int(told) <= bound.limit:
         return
     names = layout_of(made).moving
+    count = len(names)
+    if count <= bound.limit:
+        return
     shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
     ways = ["take another road with via", f"allow them with max_transposes={count} (--max-transposes {count})"]
     if converter == "tflite-from-torch" and made.record.metadata.get("channel_last") != "true":

@@ -201,7 +201,7 @@ def convert(
             require_bound(made, run.bound, "")
         if not allow_divergence:
             _require(run.parity, route)
-        stored = _write(made, place)
+        stored = write_artifact(made, place)
     say(f"written: {place}")
     return Conversion(
         out=str(place),
@@ -235,7 +235,7 @@ def _require(parity: Sequence[HopParity], route: Route) -> None:
         ) from error
 
 
-def _write(made: StoredArtifact, out: Path) -> StoredArtifact:
+def write_artifact(made: StoredArtifact, out: Path) -> StoredArtifact:
     """The artifact at `out`: a file where it is one and `out` has an ending, else a folder with `artifact.json`; whole or not at all.
 
     Raises:

@@ -12,7 +12,7 @@ import msgspec
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Target
-from edgekd.conversion.convert import Conversion, convert, print_line
+from edgekd.conversion.convert import Conversion, convert, print_line, write_artifact
 from edgekd.conversion.formats import Route, load_graph
 from edgekd.conversion.inputs import source_format
 from edgekd.conversion.running import Options, Say
@@ -126,14 +126,14 @@ def fastest(
         order = sorted(screened, key=lambda label: screened[label].latency_ms)
         best = made[order[0]][1]
         measured = [_timed(*made[label], screened[label], screened[order[0]]) for label in order]
-        kept = convert(best.stored, to, out=out, progress=False)
+        kept = write_artifact(best.stored, Path(out))
         say(f"fastest: {order[0]}; written: {out}")
         return Fastest(
-            conversion=msgspec.structs.replace(best, out=kept.out, artifact=kept.artifact),
+            conversion=msgspec.structs.replace(best, out=str(Path(out)), artifact=kept.record),
             roads=(*measured, *taken),
             target=live.name,
             percentile=percentile,
-            inputs=f"random (standard normal, seed {seed})",
+            inputs=f"random (seed {seed})",
             simulated=live.simulated,
         )
 

@@ -252,7 +252,7 @@ def given_inputs(source: Source, example: Any, calibration: Any, samples: int, s
     if example is None and calibration is None:
         from edgekd.benching import random_inputs
 
-        return random_inputs(source.iospec, samples=samples, seed=seed), f"{samples} random samples (standard normal, seed {seed}), no real inputs"
+        return random_inputs(source.iospec, samples=samples, seed=seed), f"{samples} random samples (seed {seed}), no real inputs"
     what = "example" if example is not None else "calibration"
     arrays = source.arrays(example if example is not None else calibration, what)
     taken = {name: array[:samples] for name, array in arrays.items()}
