@@ -192,6 +192,7 @@ def test_example_job_is_well_formed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.usefixtures("fresh_example_modules")
 def test_example_job_runs_from_a_copy_and_continues_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("sklearn")

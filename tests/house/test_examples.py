@@ -30,16 +30,13 @@ def run(words: list[str], cwd: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_job_example_makes_teacher_space_and_splits_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fresh_example_modules")
+def test_job_example_makes_teacher_space_and_splits_that_fit() -> None:
     pytest.importorskip("torch")
     pytest.importorskip("sklearn")
-    for name in ("data", "model"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     job = load_job(ROOT / "examples" / "digits_job" / "job.toml")
     with job.first_on_path():
         made = job.arguments()
-    for name in ("data", "model"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     specs = made["student"].candidates(0)
     assert len(specs) == 6
     images, labels = made["test"]
