@@ -140,6 +140,8 @@ class BenchmarkRequest:
     output gives is the input of its pair at the next inference. It starts from the first sample given for that input, from zero where none is.
     `first_index` numbers the launches. Two requests with different `nonce` are never the same job: a runtime that takes over the job of a killed
     host does so for an equal request only.
+    `sentinel_max_ns` is given where the protocol has a `look_s`: an inference beside a sentinel that took longer is set aside (`Launch.set_aside`). A
+    runtime that cannot look leaves `Launch.sentinel_ns` out, and the launch is judged by its states before and after.
     """
 
     models: Mapping[str, StoredArtifact]
@@ -149,6 +151,7 @@ class BenchmarkRequest:
     first_index: int = 0
     seed: int = 0
     nonce: str = ""
+    sentinel_max_ns: int | None = None
 
 
 @runtime_checkable

@@ -1,8 +1,8 @@
 """The program that measures on the device; it is pushed there as data and run as `python runner.py JOB.json`.
 
-Python 3.8, standard library only at import; nothing imports it and it imports nothing of edgekd. What one runtime alone needs stands
-in `runner_<runtime>.py` beside it, under the same rules. It writes one JSON object per line, flushed and synced, each with a `kind`;
-tensors are `.npy` files. Paths in a job are relative to the working folder.
+Python 3.8, standard library only at import; nothing imports it and it imports nothing of edgekd. What it reads off the device stands in
+`runner_device.py` beside it, what one runtime alone needs in `runner_<runtime>.py`, both under the same rules. It writes one JSON object per line, flushed
+and synced, each with a `kind`; tensors are `.npy` files. Paths in a job are relative to the working folder.
 
 Jobs (`kind`): `benchmark` starts one fresh process per launch (itself with `--launch SPEC.json`) in the order of `schedule` and
 writes a `launch` line for each; `infer` writes an `outputs` line; `op_times` writes an `op_times` line; `check` creates a session
@@ -15,6 +15,7 @@ is not in it), `first_ns` is the first inference, `samples_ns` are whole inferen
 collector is off while they are taken. `cpu_share` is the process's CPU time over wall time of the timed loop and over the number of
 threads; with several threads the serial parts of a graph would lower it on an idle machine too, so that the share of the calling
 thread, which works in every part, counts if it is larger. `steal_share` of the state after a launch covers the launch.
+With `sentinel_max_ns` in the job, the sentinel is looked at all along the timed loop, and an inference beside a slow look is set aside (`timed_loop`).
 """
 
 # ruff: noqa: B905 (zip has no `strict` before Python 3.10)
@@ -26,8 +27,6 @@ import gc
 import glob
 import json
 import os
-import platform
-import re
 import resource
 import runpy
 import shutil
@@ -39,17 +38,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 LOCK_NAME = "edgekd-device.lock"
-_PRIME = (1 << 521) - 1
-ISA = {name: name for name in ["avx", "avx2", "fma", "f16c", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "neon", "i8mm", "bf16", "sve", "sve2"]}
-ISA.update(avx512f="avx512", avx512_vnni="vnni", asimd="neon", asimddp="dotprod", asimdhp="fp16")
+LOOK_S = 0.002
+"""How long one look at the sentinel within a launch lasts at least; it takes three runs at least, too."""
+_OF_A_LAUNCH = ("backend", "threads", "options", "protocol", "sentinel_max_ns")
 RUNTIME_ERRORS: list[type[Exception]] = [RuntimeError]
-ARM_PARTS = {
-    (0x41, 0xD03): "Cortex-A53", (0x41, 0xD04): "Cortex-A35", (0x41, 0xD05): "Cortex-A55", (0x41, 0xD07): "Cortex-A57", (0x41, 0xD08): "Cortex-A72",
-    (0x41, 0xD09): "Cortex-A73", (0x41, 0xD0A): "Cortex-A75", (0x41, 0xD0B): "Cortex-A76", (0x41, 0xD0C): "Neoverse-N1", (0x41, 0xD0D): "Cortex-A77",
-    (0x41, 0xD40): "Neoverse-V1", (0x41, 0xD41): "Cortex-A78", (0x41, 0xD42): "Cortex-A78AE", (0x41, 0xD44): "Cortex-X1", (0x41, 0xD46): "Cortex-A510",
-    (0x41, 0xD47): "Cortex-A710", (0x41, 0xD48): "Cortex-X2", (0x41, 0xD49): "Neoverse-N2", (0x41, 0xD4F): "Neoverse-V2", (0x4E, 0x004): "Carmel",
-}  # fmt: skip
+
+
+_device = runpy.run_path(os.path.join(HERE, "runner_device.py"))
+fingerprint, memory_bytes, read_text = _device["fingerprint"], _device["memory_bytes"], _device["read_text"]
+sentinel_ns, snapshot, stat_ticks = _device["sentinel_ns"], _device["snapshot"], _device["stat_ticks"]
 
 
 class JobError(Exception):
@@ -69,126 +68,6 @@ def emit(kind: str, **fields: Any) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):  # pipes and terminals cannot be synced
             raise
-
-
-def read_text(path: str) -> str:
-    """The text of a file of the system, or an empty text where the device has none or hides it."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            return stream.read()
-    except OSError:
-        return ""
-
-
-def cpuinfo_values(text: str, key: str) -> list[str]:
-    """Every value of a key in the text of `/proc/cpuinfo`, in order; keys are compared without case."""
-    return [value.strip() for value in re.findall(rf"(?im)^{re.escape(key)}[ \t]*:(.*)$", text)]
-
-
-def cpu_model(text: str) -> str:
-    """The processor's name in the text of `/proc/cpuinfo`: the model name, or Arm's implementer and part for each kind of core."""
-    names = set()
-    for implementer, part in zip(cpuinfo_values(text, "CPU implementer"), cpuinfo_values(text, "CPU part")):
-        numbers = [int(word, 16) if re.match(r"^0x[0-9a-fA-F]+$", word) else -1 for word in (implementer, part)]
-        names.add(ARM_PARTS.get((numbers[0], numbers[1]), f"Arm implementer {implementer} part {part}"))
-    if names:
-        return " + ".join(sorted(names))
-    for key in ("model name", "Hardware", "Processor", "cpu model"):
-        values = cpuinfo_values(text, key)
-        if values:
-            return values[0]
-    return "unknown"
-
-
-def isa_text(text: str) -> str:
-    """The instruction sets that all cores have, sorted, separated by spaces, from the text of `/proc/cpuinfo`; only those that `ISA` names."""
-    cores = [set(value.split()) for value in cpuinfo_values(text, "flags") or cpuinfo_values(text, "Features")]
-    common = set.intersection(*cores) if cores else set()
-    return " ".join(sorted({ISA[flag] for flag in common if flag in ISA}))
-
-
-def cpuinfo_mhz(text: str) -> float | None:
-    """The largest clock in the text of `/proc/cpuinfo` in MHz, or `None`; idle cores clock down, so that the largest is the one at work."""
-    values = [float(value) for value in cpuinfo_values(text, "cpu MHz") if re.match(r"^[0-9.]+$", value)]
-    return max(values) if values else None
-
-
-def stat_ticks(text: str) -> tuple[int, int] | None:
-    """Stolen and total ticks of all processors in the text of `/proc/stat`, or `None`. Guest time is part of user time (man 5 proc)."""
-    match = re.search(r"(?m)^cpu +([0-9 ]+)$", text)
-    ticks = [int(word) for word in match.group(1).split()] if match else []
-    return (ticks[7], sum(ticks[:8])) if len(ticks) >= 8 else None
-
-
-def steal_share(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
-    """The share of processor time that the hypervisor took between two `stat_ticks`, in [0, 1], or `None`."""
-    if before is None or after is None or after[1] <= before[1]:
-        return None
-    return min(1.0, max(0.0, (after[0] - before[0]) / float(after[1] - before[1])))
-
-
-def memory_bytes(text: str, key: str) -> int | None:
-    """A size in the text of `/proc/meminfo` or `/proc/self/status` in bytes, or `None`."""
-    match = re.search(rf"(?m)^{re.escape(key)}:\s+([0-9]+) kB", text)
-    return int(match.group(1)) * 1024 if match else None
-
-
-def zone_celsius(text: str) -> float | None:
-    """A thermal zone's temperature in degrees Celsius; `None` for a text that is no temperature of a working sensor (0 to 130)."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return next((celsius for celsius in (value, value / 1000.0) if 0.0 < celsius < 130.0), None)
-
-
-def os_name(text: str) -> str:
-    """The system's name in the text of `/etc/os-release`."""
-    match = re.search(r'(?m)^PRETTY_NAME="?([^"\n]*)"?', text)
-    return match.group(1) if match else platform.system()
-
-
-def sentinel_ns(window_s: float = 0.15) -> int:
-    """The shortest run of a fixed kernel within 150 ms, in nanoseconds: longer than a neighbour's burst, so slower means a slower machine.
-
-    The kernel is a power modulo a prime: one loop of C over 70 bytes. Python's own loops differ by a tenth from process to process, with their addresses.
-    """
-    times: list[int] = []
-    end = time.perf_counter_ns() + int(window_s * 1e9)
-    while not times or time.perf_counter_ns() < end:
-        start = time.perf_counter_ns()
-        pow(3, _PRIME - 2, _PRIME)
-        times.append(time.perf_counter_ns() - start)
-    return min(times)
-
-
-def snapshot(since: tuple[int, int] | None = None) -> dict[str, Any]:
-    """The device's state now; `since` is an earlier `stat_ticks` from which the share of stolen time counts."""
-    cpu = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/"
-    clocks = [float(text) / 1000.0 for text in map(read_text, glob.glob(cpu + "scaling_cur_freq")) if text.strip().isdigit()]
-    governors = sorted({text.strip() for text in map(read_text, glob.glob(cpu + "scaling_governor")) if text.strip()})
-    zones = [zone_celsius(read_text(path)) for path in glob.glob("/sys/class/thermal/thermal_zone*/temp")]
-    available = memory_bytes(read_text("/proc/meminfo"), "MemAvailable")
-    return {
-        "load_1m": os.getloadavg()[0],
-        "frequency_mhz": max(clocks) if clocks else cpuinfo_mhz(read_text("/proc/cpuinfo")),
-        "governor": " ".join(governors) or None,
-        "temperature_c": max((zone for zone in zones if zone is not None), default=None),
-        "steal_share": steal_share(since, stat_ticks(read_text("/proc/stat"))),
-        "sentinel_ns": sentinel_ns(),
-        "available_mb": None if available is None else available / 1e6,
-    }
-
-
-def fingerprint(job: dict[str, Any]) -> dict[str, str]:
-    """What the device is, as texts."""
-    cpuinfo, memory, backend = read_text("/proc/cpuinfo"), memory_bytes(read_text("/proc/meminfo"), "MemTotal"), open_backend(job)
-    return {
-        "cpu_model": cpu_model(cpuinfo), "isa": isa_text(cpuinfo), "cores": str(os.cpu_count() or 0), "machine": platform.machine(),
-        "ram_mb": "unknown" if memory is None else f"{memory / 1e6:.0f}", "os": os_name(read_text("/etc/os-release")), "kernel": platform.release(),
-        "python": platform.python_version(), "runtime": job["backend"], "runtime_version": backend.version,
-        "threads": str(job["threads"]), **getattr(backend, "about", {}),
-    }  # fmt: skip
 
 
 def tidy(folder: str, cap_mb: float, keep_s: float = 86400.0) -> None:
@@ -219,7 +98,7 @@ def open_backend(job: dict[str, Any]) -> Any:
     `load` `facts`, what else the runtime tells of the model.
     """
     try:
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"runner_{job['backend']}.py")
+        path = os.path.join(HERE, f"runner_{job['backend']}.py")
         backend = runpy.run_path(path)["Backend"](job)
     except ImportError as error:
         raise JobError("missing", str(error), python=sys.executable) from error
@@ -297,6 +176,43 @@ def warm_up(step: Callable[[int], int], protocol: dict[str, Any]) -> tuple[int, 
     return runs, time.perf_counter() - begin, drift
 
 
+def timed_loop(step: Callable[[int], int], protocol: dict[str, Any], slow_ns: int | None) -> dict[str, Any]:
+    """The timed inferences, and with `slow_ns` how the sentinel was beside them.
+
+    Then the inferences come in parts of `look_s` seconds with a look at the sentinel between two parts. A part counts if neither look beside it took
+    longer than `slow_ns`; otherwise the machine was disturbed and the part is set aside, whatever its own times. While it is disturbed a part is a
+    single inference, so that a calm moment is found soon. `min_samples` and `min_time_s` are asked of what counts, `max_time_s` of all.
+    """
+    clock = time.perf_counter_ns
+    samples: list[int] = []
+    taken, counted_ns, worst_ns = 0, 0, None
+    begin = end = clock()
+    look_ns = 0 if slow_ns is None else sentinel_ns(LOOK_S)
+    while end - begin < protocol["max_time_s"] * 1e9 and (counted_ns < protocol["min_time_s"] * 1e9 or len(samples) < protocol["min_samples"]):
+        start, before_ns = clock(), look_ns
+        part = [step(taken)]
+        end = clock()
+        while slow_ns is not None and before_ns <= slow_ns and end - start < protocol["look_s"] * 1e9:
+            part.append(step(taken + len(part)))
+            end = clock()
+        taken += len(part)
+        if slow_ns is not None:
+            look_ns = sentinel_ns(LOOK_S)
+            if max(before_ns, look_ns) > slow_ns:
+                continue
+            worst_ns = max(worst_ns or 0, before_ns, look_ns)
+        samples += part
+        counted_ns += end - start
+    found: dict[str, Any] = {"samples_ns": samples}
+    if slow_ns is not None:
+        found.update(sentinel_ns=worst_ns, set_aside=taken - len(samples))
+        if not samples or len(samples) < protocol["min_samples"] <= taken:
+            found["invalid"] = "slowed: {} of {} inferences in {:.1f} s were beside a calm sentinel, {} needed".format(
+                len(samples), taken, (end - begin) / 1e9, protocol["min_samples"]
+            )
+    return found
+
+
 def launch(job: dict[str, Any]) -> dict[str, Any]:
     """One launch in this process: load, first inference, warm-up, timed loop; its facts as a dictionary."""
     protocol, clock = job["protocol"], time.perf_counter_ns
@@ -323,20 +239,16 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
     runs, warm_s, drift = warm_up(step, protocol)
     gc.collect()
     gc.disable()
-    samples: list[int] = []
     switches, process, thread = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw, time.process_time(), time.thread_time()
-    begin = end = clock()
-    stop_min, stop_max = begin + int(protocol["min_time_s"] * 1e9), begin + int(protocol["max_time_s"] * 1e9)
-    while end < stop_max and (end < stop_min or len(samples) < protocol["min_samples"]):
-        samples.append(step(len(samples)))
-        end = clock()
-    wall = max(1e-9, (end - begin) / 1e9)
+    begin = clock()
+    timed = timed_loop(step, protocol, job.get("sentinel_max_ns"))
+    wall = max(1e-9, (clock() - begin) / 1e9)
     share = max((time.process_time() - process) / (wall * job["threads"]), (time.thread_time() - thread) / wall)
     switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw - switches
     return {
-        "samples_ns": samples, "init_ns": init_ns, "first_ns": first_ns, "warmup_runs": runs, "warmup_s": warm_s, "warmup_drift": drift,
+        "init_ns": init_ns, "first_ns": first_ns, "warmup_runs": runs, "warmup_s": warm_s, "warmup_drift": drift,
         "cpu_share": min(1.0, share), "switches_per_s": switches / wall, "peak_memory_bytes": memory_bytes(read_text("/proc/self/status"), "VmHWM"),
-        "before": before, "after": snapshot(since=ticks), "started_at": started_at,
+        "before": before, "after": snapshot(since=ticks), "started_at": started_at, **timed,
     }  # fmt: skip
 
 
@@ -379,7 +291,7 @@ def run_benchmark(job: dict[str, Any], folder: str) -> bool:
         if offset and protocol["gap_s"]:
             time.sleep(protocol["gap_s"])
         with open(spec, "w", encoding="utf-8") as stream:
-            json.dump(dict(job["models"][label], **{key: job[key] for key in ("backend", "threads", "options", "protocol")}), stream)
+            json.dump(dict(job["models"][label], **{key: job[key] for key in _OF_A_LAUNCH if key in job}), stream)
         argv = [sys.executable, os.path.abspath(__file__), "--launch", spec]
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(handle,))
         try:
@@ -460,7 +372,9 @@ def run_state(job: dict[str, Any], folder: str) -> bool:
     if job["kind"] == "probe":
         for name, cap_mb in job["tidy"].items():
             tidy(name, cap_mb)
-        emit("fingerprint", fields=fingerprint(job))
+        backend = open_backend(job)
+        about = dict(getattr(backend, "about", {}), runtime=job["backend"], runtime_version=backend.version, threads=str(job["threads"]))
+        emit("fingerprint", fields=dict(fingerprint(), **about))
     ticks = stat_ticks(read_text("/proc/stat"))
     time.sleep(0.1)
     emit("snapshot", snapshot=snapshot(since=ticks))

@@ -235,7 +235,7 @@ def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> Non
 
     taken = result.measurement
     fields = taken.fingerprint.fields
-    samples = sum(len(launch.samples_ns) for launch in taken.launches)
+    samples, aside = sum(len(launch.samples_ns) for launch in taken.launches), sum(launch.set_aside for launch in taken.launches)
     if taken.simulated:
         click.echo(f"SIMULATED ({taken.simulated}): these times come from no device")
     if not taken.valid:
@@ -264,6 +264,7 @@ def _print_bench(model: Path, result: BenchResult, ops: int, inputs: str) -> Non
             ("inputs", inputs),
             ("grade", f"{taken.grade.value}, {taken.mode}"),
             ("launches", f"{len(taken.launches)} valid, {len(taken.rejected)} rejected, each a fresh process; {samples} inferences"),
+            *([("set aside", f"{aside} inferences more, beside a slow sentinel")] if aside else []),
             ("protocol", f"at least {launch.min_samples} inferences and {launch.min_time_s:g} s a launch, warm-up at least {launch.warmup_min_s:g} s"),
             ("validity", "valid" if taken.valid else f"INVALID: {taken.reason}"),
             ("simulated", taken.simulated or "no"),

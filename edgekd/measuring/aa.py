@@ -20,7 +20,8 @@ BLOCKS = 2
 _KEPT_SHARE = 0.75
 _NOISIEST = 0.10  # five times the "bad" noise between blocks of a busy virtual machine: such a run calibrates nothing
 _LABELS = ("A", "B")
-_RULE = "rule 5"  # raised when limits follow from a run by another rule: a stored run is then taken anew
+_STATES_MIN, _STATES_MAX = 3, 20
+_RULE = "rule 6"  # raised when limits follow from a run by another rule: a stored run is then taken anew
 
 
 def _narrow(ceiling: float | None, seen: Sequence[float | None], *, factor: float, floor: float) -> float | None:
@@ -53,6 +54,18 @@ def limits_from(launches: Sequence[Launch], ceiling: Limits, sentinel_ns: int | 
     )
 
 
+def _calmest(target: Target) -> int | None:
+    """The sentinel's time on the device when nothing disturbs it, before the first launch: the smallest of at least three states, and of more, up to
+    twenty, until the two smallest agree within 2 %. `None` where the device has no sentinel."""
+    seen: list[int] = []
+    while len(seen) < _STATES_MAX and (len(seen) < _STATES_MIN or sorted(seen)[1] > 1.02 * min(seen)):
+        found = target.runtime.snapshot().sentinel_ns
+        if not found:
+            return None
+        seen.append(found)
+    return min(seen)
+
+
 def _baseline(launches: Sequence[Launch], percentile: float) -> int | None:
     """A low quantile of the sentinel's times: interference only ever makes the kernel slower."""
     seen = [state.sentinel_ns for launch in launches for state in (launch.before, launch.after) if state.sentinel_ns]
@@ -77,6 +90,7 @@ def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: in
     It is stored under the device's fingerprint, governor and power mode, the runtime's options, the protocol and the profile's limits. A run is
     `contended` if fewer than three quarters of its launches are inside the profile's limits, or if the two labels differ from pair to pair by a
     standard deviation above 10 %: it gives the profile's limits, and it is not stored, so that the next command calibrates again.
+    Where launches look at the sentinel (`LaunchProtocol.look_s`), it is calibrated before them (`_calmest`), otherwise by the launches' own states.
     `nonce`: see `measure_verdict`.
     """
     ceiling = target.profile.measure.limits
@@ -86,7 +100,8 @@ def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: in
     if stored is not None:
         return stored
     subjects = {label: Subject(label, subject.artifact, subject.inputs) for label in _LABELS}
-    bench = Bench(target, subjects, protocol, ceiling, seed, nonce)
+    calmest = _calmest(target) if protocol.look_s > 0 and ceiling.sentinel_drift_max is not None else None
+    bench = Bench(target, subjects, protocol, msgspec.structs.replace(ceiling, sentinel_ns=calmest), seed, nonce)
     rng = np.random.default_rng([seed, 0xAA])
     launches: list[Launch] = []
     for block in range(BLOCKS):
@@ -104,10 +119,9 @@ def aa_run(target: Target, subject: Subject, *, cache_dir: Path | None, seed: in
     elif block_sd > _NOISIEST:
         contended = f"two labels of one artifact differ by a standard deviation of {block_sd:.1%} per pair, limit {_NOISIEST:.0%}"
     if contended:
-        own = _baseline(launches, 1.0)
-        limits = msgspec.structs.replace(ceiling, sentinel_ns=own)
+        limits = msgspec.structs.replace(ceiling, sentinel_ns=calmest or _baseline(launches, 1.0))
     else:
-        limits = limits_from(kept, ceiling, _baseline(kept, 25.0))
+        limits = limits_from(kept, ceiling, calmest or _baseline(kept, 25.0))
     record = AaRun(
         limits=limits,
         block_sd=block_sd,

@@ -25,6 +25,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -168,13 +169,20 @@ def share_of(share: float, teacher: Measurement, percentile: float, clock: Clock
     return Limit(share * math.exp(mean.lower), share * math.exp(mean.upper))
 
 
+def _begun_calm(measurement: Measurement) -> Measurement:
+    """The measurement without the launches whose sentinel was slow before they began; one that was looked at within a launch says nothing on its start."""
+    slow_ns = measurement.limits.sentinel_max_ns
+    calm = [one for one in measurement.launches if slow_ns is None or (one.before.sentinel_ns or 0) <= slow_ns]
+    return msgspec.structs.replace(measurement, launches=tuple(calm))
+
+
 def check_latency(measurement: Measurement, limit: Limit | float, percentile: float, clock: Clock, plan: MeasurePlan, name: str = "latency") -> Check:
     """The latency at a percentile (or the init or first time) against `limit`; see the module's words for the rule.
 
     The check's `limit` is the end that a pass must stay below. `lower` is the lower bound of the mean, `upper` the tolerance bound, both
     in milliseconds. A refuse that more launches may resolve is `undecided`. Launches with a summary only are judged by their maxima: they
     pass if each is within the limit and the tolerance bound of the maxima is too; otherwise they refuse, because the percentile lies
-    somewhere below the maximum. They never fail.
+    somewhere below the maximum. They never fail. For the init and the first time only launches count that began on an undisturbed device.
 
     Raises:
         InputError: the limit is not positive and finite, or a launch has fewer inferences than the percentile needs.
@@ -185,6 +193,8 @@ def check_latency(measurement: Measurement, limit: Limit | float, percentile: fl
     if not (math.isfinite(fail_above_ms) and 0 < limit_ms <= fail_above_ms):
         raise BudgetError(f"the limit of {name} must be a positive number of milliseconds", found=limit_ms if not share else (limit_ms, limit_upper_ms))
     what = f"p{percentile:g}" if clock in _PERCENTILE_CLOCKS else clock.value
+    if clock not in _PERCENTILE_CLOCKS:
+        measurement = _begun_calm(measurement)
     n = len(measurement.launches)
 
     def refuse(value: float, reason: str, **more: float | bool | int | None) -> Check:

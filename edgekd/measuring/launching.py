@@ -118,6 +118,7 @@ class Bench:
                 first_index=self._index,
                 seed=self.seed,
                 nonce=self.nonce,
+                sentinel_max_ns=self.limits.sentinel_max_ns if self.protocol.look_s > 0 else None,
             )
         )
         if tuple(launch.label for launch in launches) != tuple(schedule):
@@ -143,13 +144,13 @@ class Bench:
 
         Only the device's state is looked at, never a latency, so that waiting favours nobody.
         """
-        calibrated, drift = self.limits.sentinel_ns, self.limits.sentinel_drift_max
-        if calibrated is None or drift is None:
+        slow_ns = self.limits.sentinel_max_ns
+        if slow_ns is None:
             return
         start = time.monotonic() - self.waited_s
         while (left_s := self.target.profile.measure.patience_s - self.waited_s) > 0:
             seen = self.target.runtime.snapshot().sentinel_ns
-            if seen is None or seen <= calibrated * (1.0 + drift):
+            if seen is None or seen <= slow_ns:
                 break
             time.sleep(min(_POLL_S, left_s))
             self.waited_s = time.monotonic() - start

@@ -22,8 +22,11 @@ def spread_of(launch: Launch) -> float | None:
 
 
 def sentinel_drift_of(launch: Launch, sentinel_ns: int | None) -> float | None:
-    """The larger relative excess of the fixed kernel's time, before or after, over its calibration; `None` if unknown."""
-    seen = _known(launch.before.sentinel_ns, launch.after.sentinel_ns)
+    """The larger relative excess of the fixed kernel's time over its calibration; `None` if unknown.
+
+    It is that beside the timed inferences where it was looked at there, else before or after the launch.
+    """
+    seen = _known(launch.before.sentinel_ns, launch.after.sentinel_ns) if launch.sentinel_ns is None else [launch.sentinel_ns]
     return max(seen) / sentinel_ns - 1.0 if seen and sentinel_ns else None
 
 

@@ -39,6 +39,9 @@ class LaunchProtocol(Record, tag="edgekd.launch_protocol/1", frozen=True, kw_onl
     Warm-up lasts at least `warmup_min_s` and goes on until the medians of five windows rise or fall by less than
     `warmup_drift` a window, at most `warmup_max_s`. Then at least `min_samples` inferences and `min_time_s` are timed, at most
     `max_time_s`. Inputs rotate over `rotation` tensors.
+
+    `look_s` above 0: the sentinel is looked at every so many seconds of the timed loop, and inferences beside a slow look are set aside; `min_samples`
+    and `min_time_s` are asked of the others. 0: it is looked at before and after the launch only.
     """
 
     warmup_min_s: NonNegativeFloat = 1.0
@@ -49,6 +52,7 @@ class LaunchProtocol(Record, tag="edgekd.launch_protocol/1", frozen=True, kw_onl
     max_time_s: PositiveFloat = 30.0
     rotation: Positive = 8
     gap_s: NonNegativeFloat = 0.0
+    look_s: NonNegativeFloat = 0.0
 
 
 class MeasurePlan(Record, tag="edgekd.measure_plan/1", frozen=True, kw_only=True):
@@ -79,6 +83,13 @@ class Limits(Record, tag="edgekd.limits/1", frozen=True, kw_only=True):
     temperature_max_c: PositiveFloat | None = None
     sentinel_ns: Positive | None = None
 
+    @property
+    def sentinel_max_ns(self) -> int | None:
+        """The longest time of the sentinel on an undisturbed device, in nanoseconds; `None` where it is not checked."""
+        if self.sentinel_ns is None or self.sentinel_drift_max is None:
+            return None
+        return int(self.sentinel_ns * (1.0 + self.sentinel_drift_max))
+
 
 class Snapshot(Record, tag="edgekd.snapshot/1", frozen=True, kw_only=True):
     """The device's state at one moment. `None`: the device does not tell."""
@@ -95,7 +106,11 @@ class Snapshot(Record, tag="edgekd.snapshot/1", frozen=True, kw_only=True):
 
 class Launch(Record, tag="edgekd.launch/1", frozen=True, kw_only=True):
     """One fresh process. `samples_ns` are the timed inferences in order, integer nanoseconds (empty if the runtime gives a
-    summary only, then `summary_ns` holds `min`, `median`, `max`)."""
+    summary only, then `summary_ns` holds `min`, `median`, `max`).
+
+    Where the sentinel was looked at within the launch, `sentinel_ns` is its longest time beside one of these, and `set_aside` counts the inferences
+    beside a slower one: they are in no sample.
+    """
 
     label: str
     index: NonNegative
@@ -108,6 +123,8 @@ class Launch(Record, tag="edgekd.launch/1", frozen=True, kw_only=True):
     warmup_drift: NonNegativeFloat | None = None
     cpu_share: float | None = None
     switches_per_s: float | None = None
+    sentinel_ns: NonNegative | None = None
+    set_aside: NonNegative = 0
     peak_memory_bytes: NonNegative | None = None
     before: Snapshot = Snapshot()
     after: Snapshot = Snapshot()

@@ -254,6 +254,7 @@ def _conditions(measurements: Sequence[Measurement]) -> Table | None:
                 ("artifact SHA-256", item.artifact),
                 ("runtime", _device_text(item.fingerprint)),
                 ("launches", f"{len(item.launches)} valid, {len(item.rejected)} rejected; each a fresh process"),
+                ("inferences", _inferences_text(item)),
                 ("protocol", _protocol_text(item)),
                 ("limits of validity", _limits_text(item.limits)),
                 ("warm-up", _warmup_text(item.launches)),
@@ -284,6 +285,12 @@ def _protocol_text(item: Measurement) -> str:
         f"at least {protocol.min_samples} inferences and {protocol.min_time_s:g} s, at most {protocol.max_time_s:g} s per launch; "
         f"inputs rotate over {protocol.rotation}; SHA-256 {protocol.digest()[:12]}"
     )
+
+
+def _inferences_text(item: Measurement) -> str:
+    taken, aside = sum(len(launch.samples_ns) for launch in item.launches), sum(launch.set_aside for launch in item.launches)
+    looked = item.protocol.look_s > 0 and any(launch.sentinel_ns is not None for launch in item.launches)
+    return f"{taken} counted, {aside} set aside beside a slow sentinel" if looked else f"{taken} counted"
 
 
 def _warmup_text(launches: Sequence[Launch]) -> str:

@@ -66,8 +66,8 @@ class RunnerJobs:
         self._sent: set[str] = set()
 
     def install(self) -> None:
-        """Send the runner and the backend's half of it, into a folder named by their hashes."""
-        files = (_PROGRAMS / "runner.py", _PROGRAMS / f"runner_{self.backend}.py")
+        """Send the runner and its parts, the backend's among them, into a folder named by their hashes."""
+        files = tuple(_PROGRAMS / name for name in ("runner.py", "runner_device.py", f"runner_{self.backend}.py"))
         folder = f"runner-{sha256_bytes(''.join(map(sha256_file, files)).encode())[:16]}"
         for path in files:
             self.transport.push(path, f"{folder}/{path.name}")
@@ -217,6 +217,7 @@ class RunnerJobs:
             "launch_limit_s": launch_limit_s(request.protocol),
             "first_index": request.first_index,
             "schedule": list(request.schedule),
+            "sentinel_max_ns": request.sentinel_max_ns,
         }
         job = f"bench-{_request_hash(fields, request, rotated, labels)[:24]}"
         deadline = time.monotonic() + job_deadline_s(request.protocol, len(request.schedule), lock_wait_s)

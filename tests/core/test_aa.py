@@ -8,9 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from edgekd.contracts import BenchmarkRequest
 from edgekd.measuring.measure import Subject, aa_run, calibrate_limits
-from edgekd.records import Snapshot
-from tests.core.fake_device import SENTINEL, fake, steady
+from edgekd.records import Launch, Snapshot
+from tests.core.fake_device import SENTINEL, FakeTarget, fake, steady
 
 
 def test_aa_run_interleaves_two_labels_and_narrows_the_limits(subjects: Callable[..., list[Subject]], tmp_path: Path) -> None:
@@ -68,3 +69,35 @@ def test_aa_run_never_widens_a_limit(subjects: Callable[..., list[Subject]], sha
     assert limits.cpu_share_min >= ceiling.cpu_share_min
     for name in ("steal_max", "sentinel_drift_max", "spread_max", "frequency_drop_max", "temperature_rise_max_c"):
         assert getattr(limits, name) <= getattr(ceiling, name)
+
+
+def looking_target(states: list[int]) -> FakeTarget:
+    """A target whose launches look at the sentinel, and whose states before them are these, the last one for ever."""
+    target = fake(steady({"A": 1.0, "B": 1.0}))
+    profile = target.profile
+    launch = msgspec.structs.replace(profile.measure.screen.launch, look_s=0.01)
+    screen = msgspec.structs.replace(profile.measure.screen, launch=launch)
+    target.profile = msgspec.structs.replace(profile, measure=msgspec.structs.replace(profile.measure, screen=screen))
+    seen = iter(states)
+    target.device.snapshot = lambda: Snapshot(sentinel_ns=next(seen, states[-1]))  # type: ignore[method-assign]
+    return target
+
+
+def test_sentinel_is_calibrated_before_launches_that_look_at_it(subjects: Callable[..., list[Subject]], monkeypatch: pytest.MonkeyPatch) -> None:
+    target = looking_target([900, 700, 500, 600, 505, 400])
+    asked: list[int | None] = []
+    run = target.device.benchmark
+
+    def benchmark(request: BenchmarkRequest) -> tuple[Launch, ...]:
+        asked.append(request.sentinel_max_ns)
+        return run(request)
+
+    monkeypatch.setattr(target.device, "benchmark", benchmark)
+    record = aa_run(target, subjects("a")[0], cache_dir=None, seed=0)
+    assert asked == [550, 550]  # 10 % over the smallest of five states, two of which agree
+    assert record.limits.sentinel_ns == 500
+
+
+def test_sentinel_that_never_agrees_with_itself_is_calibrated_by_its_shortest(subjects: Callable[..., list[Subject]]) -> None:
+    record = aa_run(looking_target([1000 - 30 * index for index in range(25)]), subjects("a")[0], cache_dir=None, seed=0)
+    assert record.limits.sentinel_ns == 1000 - 30 * 19

@@ -71,6 +71,13 @@ def test_sentinel_baseline_can_be_given_or_lie_in_the_limits() -> None:
     assert validity_reason(slow, LIMITS, sentinel_ns=1_290_000) == ""
 
 
+def test_sentinel_beside_the_inferences_takes_the_place_of_that_around_the_launch() -> None:
+    before = msgspec.structs.replace(STATE, sentinel_ns=1_500_000)
+    assert validity_reason(changed(before=before, sentinel_ns=1_090_000, set_aside=40), LIMITS) == ""
+    assert validity_reason(changed(sentinel_ns=1_110_000), LIMITS).startswith("slowed")
+    assert unchecked([changed(sentinel_ns=1_090_000)], LIMITS) == ()
+
+
 def test_causes_are_counted_with_the_most_frequent_first() -> None:
     rejected = [changed(invalid="throttled: x"), changed(invalid="contended: y"), changed(invalid="contended: z")]
     assert causes(rejected) == "2 contended, 1 throttled"

@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from edgekd.errors import BudgetError, DataError, InputError, MeasurementInvalid
-from edgekd.records import Budget, Check, Clock, Fingerprint, Grade, Launch, LaunchProtocol, Limits, Measurement, MeasurePlan, Outcome
+from edgekd.records import Budget, Check, Clock, Fingerprint, Grade, Launch, LaunchProtocol, Limits, Measurement, MeasurePlan, Outcome, Snapshot
 from edgekd.stats import min_samples, student_quantile, tolerance_factor
 from edgekd.verdict import (
     EXIT_OF,
@@ -93,6 +94,20 @@ def test_latency_judges_init_and_first_by_one_value_a_launch() -> None:
     assert check_latency(one, 0.19, 90, Clock.FIRST, PLAN, "first inference").outcome is Outcome.FAIL
     with pytest.raises(InputError, match="no times of the clock"):
         check_latency(one, 1.0, 90, Clock.DEVICE, PLAN)
+
+
+def test_init_and_first_are_judged_by_launches_that_began_on_a_calm_device() -> None:
+    one = measurement([0.1] * 20 + [0.5] * 5, limits=Limits(sentinel_ns=100))
+    states = [Snapshot(sentinel_ns=100)] * 20 + [Snapshot(sentinel_ns=150)] * 5
+    launches = tuple(msgspec.structs.replace(launch, before=state, sentinel_ns=100) for launch, state in zip(one.launches, states, strict=True))
+    mixed = msgspec.structs.replace(one, launches=launches)
+    for clock, value in ((Clock.INIT, 1.0), (Clock.FIRST, 0.2)):
+        check = check_latency(mixed, 10.0, 90, clock, PLAN)
+        assert check.n == 20
+        assert check.value == pytest.approx(value)
+    assert check_latency(mixed, 10.0, 90, Clock.END_TO_END, PLAN).n == 25
+    few = check_latency(msgspec.structs.replace(mixed, launches=launches[1:]), 10.0, 90, Clock.INIT, PLAN)
+    assert (few.outcome, few.undecided) == (Outcome.REFUSE, True)
 
 
 @pytest.mark.parametrize(("percentile", "needed"), [(50, 11), (90, 64), (99, 662)])

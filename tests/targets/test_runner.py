@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -22,6 +23,7 @@ from edgekd.testing import two_headed, two_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "targets" / "runner.py"
+DEVICE = ROOT / "targets" / "runner_device.py"
 BACKEND = ROOT / "targets" / "runner_onnxruntime.py"
 SUPERVISOR = ROOT / "targets" / "transports" / "_supervise.py"
 WAIT_S = 30.0
@@ -86,6 +88,11 @@ def runner() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def device() -> dict[str, Any]:
+    return runpy.run_path(str(DEVICE))
+
+
+@pytest.fixture(scope="module")
 def backend() -> dict[str, Any]:
     return runpy.run_path(str(BACKEND))
 
@@ -115,7 +122,7 @@ def lines_of(words: list[str]) -> list[dict[str, Any]]:
 # ---- what it is
 
 
-@pytest.mark.parametrize("path", [RUNNER, BACKEND, SUPERVISOR])
+@pytest.mark.parametrize("path", [RUNNER, DEVICE, BACKEND, SUPERVISOR])
 def test_shipped_program_is_python_3_8_and_imports_standard_library_only(path: Path) -> None:
     tree = ast.parse(path.read_text(), feature_version=(3, 8))
     names = set()
@@ -170,38 +177,38 @@ def test_runner_speaks_under_python_3_8_without_any_package(tmp_path: Path) -> N
         ("", "unknown", ""),
     ],
 )
-def test_cpuinfo_gives_model_and_common_instruction_sets(runner: dict[str, Any], text: str, model: str, isa: str) -> None:
-    assert runner["cpu_model"](text) == model
-    assert runner["isa_text"](text) == isa
+def test_cpuinfo_gives_model_and_common_instruction_sets(device: dict[str, Any], text: str, model: str, isa: str) -> None:
+    assert device["cpu_model"](text) == model
+    assert device["isa_text"](text) == isa
 
 
-def test_cpuinfo_gives_largest_clock_or_nothing(runner: dict[str, Any]) -> None:
-    assert runner["cpuinfo_mhz"](X86_VNNI) == 3801.002
-    assert runner["cpuinfo_mhz"](ARM_PI5) is None
+def test_cpuinfo_gives_largest_clock_or_nothing(device: dict[str, Any]) -> None:
+    assert device["cpuinfo_mhz"](X86_VNNI) == 3801.002
+    assert device["cpuinfo_mhz"](ARM_PI5) is None
 
 
-def test_stat_gives_stolen_share_between_two_readings(runner: dict[str, Any]) -> None:
-    before = runner["stat_ticks"](STAT)
+def test_stat_gives_stolen_share_between_two_readings(device: dict[str, Any]) -> None:
+    before = device["stat_ticks"](STAT)
     assert before == (111, 7193 + 10 + 2738 + 228525 + 244 + 5 + 36 + 111)
-    after = runner["stat_ticks"](STAT.replace(" 7193 ", " 7268 ").replace(" 111 ", " 136 "))
-    assert runner["steal_share"](before, after) == pytest.approx(0.25)
-    assert runner["steal_share"](before, before) is None
-    assert runner["stat_ticks"]("cpu  1 2 3 4\n") is None
-    assert runner["stat_ticks"]("") is None
+    after = device["stat_ticks"](STAT.replace(" 7193 ", " 7268 ").replace(" 111 ", " 136 "))
+    assert device["steal_share"](before, after) == pytest.approx(0.25)
+    assert device["steal_share"](before, before) is None
+    assert device["stat_ticks"]("cpu  1 2 3 4\n") is None
+    assert device["stat_ticks"]("") is None
 
 
 @pytest.mark.parametrize(
     ("text", "celsius"), [("45500\n", 45.5), ("45\n", 45.0), ("-256000", None), ("0", None), ("130000", None), ("127500", 127.5), ("", None), ("n/a", None)]
 )
-def test_thermal_zone_ignores_what_no_working_sensor_says(runner: dict[str, Any], text: str, celsius: float | None) -> None:
-    assert runner["zone_celsius"](text) == celsius
+def test_thermal_zone_ignores_what_no_working_sensor_says(device: dict[str, Any], text: str, celsius: float | None) -> None:
+    assert device["zone_celsius"](text) == celsius
 
 
-def test_memory_and_system_are_read_with_their_units(runner: dict[str, Any]) -> None:
-    assert runner["memory_bytes"]("MemTotal:       1000 kB\nMemAvailable:    500 kB\n", "MemAvailable") == 512_000
-    assert runner["memory_bytes"]("VmHWM:\t     2 kB\n", "VmHWM") == 2048
-    assert runner["memory_bytes"]("", "MemTotal") is None
-    assert runner["os_name"]('NAME="x"\nPRETTY_NAME="Ubuntu 22.04.4 LTS"\n') == "Ubuntu 22.04.4 LTS"
+def test_memory_and_system_are_read_with_their_units(device: dict[str, Any]) -> None:
+    assert device["memory_bytes"]("MemTotal:       1000 kB\nMemAvailable:    500 kB\n", "MemAvailable") == 512_000
+    assert device["memory_bytes"]("VmHWM:\t     2 kB\n", "VmHWM") == 2048
+    assert device["memory_bytes"]("", "MemTotal") is None
+    assert device["os_name"]('NAME="x"\nPRETTY_NAME="Ubuntu 22.04.4 LTS"\n') == "Ubuntu 22.04.4 LTS"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +275,41 @@ def test_warm_up_ends_at_its_longest_and_says_what_it_reached(runner: dict[str, 
     assert drift is not None
     assert drift > 0.0
     assert runner["warm_up"](lambda index: 1, {"warmup_min_s": 1.0, "warmup_max_s": 0.0, "warmup_drift": 0.01})[::2] == (0, None)
+
+
+LOOKING = PROTOCOL | {"look_s": 0.0, "min_samples": 4}
+
+
+def looking(runner: dict[str, Any], monkeypatch: pytest.MonkeyPatch, looks: list[int], protocol: dict[str, Any] = LOOKING) -> dict[str, Any]:
+    """The timed loop of a model whose inferences take 0, 1, 2, ... ns, with a sentinel that takes these times, the last one for ever."""
+    seen = iter(looks)
+    monkeypatch.setitem(runner["timed_loop"].__globals__, "sentinel_ns", lambda window_s: next(seen, looks[-1]))
+    found: dict[str, Any] = runner["timed_loop"](lambda index: index, protocol, 100)
+    return found
+
+
+def test_inferences_beside_a_slow_sentinel_are_set_aside(runner: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = looking(runner, monkeypatch, [90, 95, 101, 150, 99, 100, 91, 90])
+    assert found == {"samples_ns": [0, 4, 5, 6], "sentinel_ns": 100, "set_aside": 3}
+
+
+def test_launch_that_never_finds_the_device_calm_is_invalid(runner: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = looking(runner, monkeypatch, [90, 90, 90, 101], LOOKING | {"max_time_s": 0.05})
+    assert found["samples_ns"] == [0, 1]
+    assert found["set_aside"] > 4
+    assert re.fullmatch(r"slowed: 2 of \d+ inferences in 0\.\d s were beside a calm sentinel, 4 needed", found["invalid"])
+    assert looking(runner, monkeypatch, [101], LOOKING | {"max_time_s": 0.05})["sentinel_ns"] is None
+
+
+def test_parts_last_as_long_as_asked_and_one_inference_beside_a_slow_look(runner: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = looking(runner, monkeypatch, [101, 101, 101, 90, 90], LOOKING | {"look_s": 0.02, "min_samples": 20})
+    assert found["set_aside"] == 3
+    assert found["samples_ns"][0] == 3
+    assert len(found["samples_ns"]) > 20  # a part is not cut short
+
+
+def test_loop_without_looks_takes_what_is_asked(runner: dict[str, Any]) -> None:
+    assert runner["timed_loop"](lambda index: index, LOOKING, None) == {"samples_ns": [0, 1, 2, 3]}
 
 
 def test_tidy_removes_what_was_used_longest_ago(runner: dict[str, Any], tmp_path: Path) -> None:
@@ -353,6 +395,15 @@ def test_launches_are_fresh_processes_with_raw_samples(tmp_path: Path) -> None:
     assert lines[0]["launch"]["init_ns"] != lines[1]["launch"]["init_ns"]
 
 
+@pytest.mark.parametrize(("sentinel_max_ns", "kept"), [(10**12, True), (1, False)])
+def test_launch_looks_at_the_sentinel_where_a_limit_is_given(tmp_path: Path, sentinel_max_ns: int, kept: bool) -> None:
+    protocol = PROTOCOL | {"look_s": 0.002, "max_time_s": 0.2}
+    found = lines_of(benchmark_job(tmp_path, 1, protocol=protocol, sentinel_max_ns=sentinel_max_ns))[0]["launch"]
+    assert bool(found["samples_ns"]) is kept
+    assert (found["sentinel_ns"] or 0) > 0 if kept else found["invalid"].startswith("slowed: 0 of ")
+    assert (found["set_aside"] == 0) is kept
+
+
 # ---- state
 
 REMEMBERS = '''
@@ -381,7 +432,8 @@ class Backend:
 
 def remembering_job(tmp_path: Path, kind: str, **fields: Any) -> list[str]:
     """The command line of a job on a library of its own beside a copy of the runner."""
-    shutil.copy(RUNNER, tmp_path / "runner.py")
+    for path in (RUNNER, DEVICE):
+        shutil.copy(path, tmp_path / path.name)
     (tmp_path / "runner_remembers.py").write_text(REMEMBERS)
     paths = {}
     for name, value in {"x": np.arange(1.0, 7.0).reshape(6, 1), "memory": np.full((1 if kind == "infer" else 6, 1), 10.0)}.items():
