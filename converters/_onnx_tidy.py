@@ -16,11 +16,9 @@ from edgekd.models.onnx_file import count_ops, depth_of, iospec_of, name_nodes, 
 from edgekd.models.onnx_trim import trim
 from edgekd.parity.compare import compare_hop
 from edgekd.records import HopParity, IOSpec, Precision
+from edgekd.teachers import MODEL_ERRORS
 
 from ._onnx_io import last_message, plain_session, runtime_errors
-
-_EVALUATOR_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
-"""What ONNX's evaluator raises where it has no kernel for an operator, or a kernel refuses its inputs."""
 
 
 class _NotRun(Exception):
@@ -118,6 +116,6 @@ def _run(model: Any, feeds: Tensors) -> dict[str, Array]:
 
         try:
             found = ReferenceEvaluator(model).run(names, dict(feeds))
-        except _EVALUATOR_ERRORS as error:
+        except MODEL_ERRORS as error:
             raise _NotRun(f"ONNX's evaluator does not run the model ({last_message(error)})") from error
     return {name: np.atleast_1d(np.asarray(value)) for name, value in zip(names, found, strict=True)}
