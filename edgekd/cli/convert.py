@@ -91,22 +91,22 @@ def convert(
         "overrides": overrides,
         "iospec": None if iospec is None else IOSpec.load(iospec),
         "environments": environments,
+        "outputs": _names(outputs) or None,
+        "max_transposes": max_transposes,
+        "processing": processing,
         "progress": say,
     }
     if fastest:
         if target is None or steps or allow_divergence:
             raise click.UsageError("--fastest needs --target, and goes with neither --via nor --allow-divergence")
-        if outputs or max_transposes is not None or channel_last or processing is not None:
-            raise click.UsageError("--fastest does not take --outputs, --max-transposes, --channel-last or --processing: convert with them first")
+        if channel_last:
+            raise click.UsageError("--fastest does not take --channel-last, which one road only can promise: name that road with --via tflite-from-torch")
         return _fastest(source, wanted, as_json, precision=precision or "fp32", **given)
     made = edgekd.convert(
         source,
         wanted,
         precision=precision,
         via=steps,
-        outputs=_names(outputs) or None,
-        max_transposes=max_transposes,
-        processing=processing,
         options={"tflite-from-torch": {"channel_last": True}} if channel_last else None,
         allow_divergence=allow_divergence,
         **given,
