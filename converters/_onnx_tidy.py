@@ -16,8 +16,13 @@ from edgekd.models.onnx_file import count_ops, depth_of, iospec_of, name_nodes, 
 from edgekd.models.onnx_trim import trim
 from edgekd.parity.compare import compare_hop
 from edgekd.records import HopParity, IOSpec, Precision
+from edgekd.teachers import MODEL_ERRORS
 
-from ._onnx_io import plain_session
+from ._onnx_io import last_message, plain_session, runtime_errors
+
+
+class _NotRun(Exception):
+    """The model cannot be run here; the text says by what and why."""
 
 
 def tidy(model: Any, iospec: IOSpec, example: Tensors) -> tuple[Any, dict[str, str]]:
@@ -25,8 +30,9 @@ def tidy(model: Any, iospec: IOSpec, example: Tensors) -> tuple[Any, dict[str, s
 
     Every fold is proven: the model is run before and after on the first sample of the example (where an input is missing there, on a seeded
     random one) and must agree within the tolerance of float32 at its depth (`edgekd.parity.compare.tolerance_for`). One that does not agree
-    is taken back. `batch_normalizations` counts those that are left, `batch_norms_left` names them with their reasons (JSON),
-    `batch_norms_folded` counts the others, `batch_norm_error` is the largest error of the outputs and what was allowed.
+    is taken back, and none is made where the model itself does not run here. `batch_normalizations` counts those that are left,
+    `batch_norms_left` names them with their reasons (JSON), `batch_norms_folded` counts the others, `batch_norm_error` is the largest error of
+    the outputs and what was allowed.
     """
     removed = trim(model)
     if not count_ops(model, {"BatchNormalization"}):
@@ -59,7 +65,10 @@ def _folded(model: Any, iospec: IOSpec, example: Tensors) -> tuple[Any, Folded, 
         if not folded.done:
             return made, folded, None
         feeds = _feeds(model, iospec, example)
-        before = before or _run(model, feeds)
+        try:
+            before = before or _run(model, feeds)
+        except _NotRun as reason:
+            return model, Folded((), (*folded.left, *((name, f"folding it cannot be proven: {reason}") for name in folded.done))), None
         parity = compare_hop("batch norms folded", before, _run(made, feeds), precision=Precision.FP32, depth=depth_of(model))
         if parity.passed:
             return made, folded, parity
@@ -90,13 +99,23 @@ def _feeds(model: Any, iospec: IOSpec, example: Tensors) -> dict[str, Array]:
 
 
 def _run(model: Any, feeds: Tensors) -> dict[str, Array]:
-    """All outputs with a sample axis, by onnxruntime without its own optimizations, else by ONNX's evaluator."""
+    """All outputs with a sample axis, by onnxruntime without its own optimizations, else by ONNX's evaluator.
+
+    Raises:
+        _NotRun: an operator has no kernel, or refuses its inputs.
+    """
     names = [item.name for item in model.graph.output]
     if importlib.util.find_spec("onnxruntime") is not None:
-        found = plain_session(model).run(names, dict(feeds))
+        try:
+            found = plain_session(model).run(names, dict(feeds))
+        except runtime_errors() as error:
+            raise _NotRun(f"onnxruntime does not run the model ({last_message(error)})") from error
     else:
         require_onnx("running an ONNX model")
         from onnx.reference import ReferenceEvaluator
 
-        found = ReferenceEvaluator(model).run(names, dict(feeds))
+        try:
+            found = ReferenceEvaluator(model).run(names, dict(feeds))
+        except MODEL_ERRORS as error:
+            raise _NotRun(f"ONNX's evaluator does not run the model ({last_message(error)})") from error
     return {name: np.atleast_1d(np.asarray(value)) for name, value in zip(names, found, strict=True)}

@@ -7,15 +7,13 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from edgekd.errors import ConversionRejected, ModelError
+from edgekd.teachers import MODEL_ERRORS
 from edgekd.tree import flatten_outputs
 
 from ._onnx_io import last_message
 
 if TYPE_CHECKING:
     import torch
-
-MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
-"""What a user's module, or an exporter on its way through it, raises."""
 
 
 def copy_module(source: torch.nn.Module) -> torch.nn.Module:

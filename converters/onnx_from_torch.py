@@ -12,10 +12,10 @@ from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, MissingDependency
 from edgekd.models.onnx_file import BATCH, name_nodes, strip_notes
 from edgekd.records import Precision
+from edgekd.teachers import MODEL_ERRORS
 
 from ._onnx_io import captured
 from ._onnx_tidy import tidy
-from ._torch_io import MODEL_ERRORS
 from ._torch_onnx import flat, prepared, refusal, store_exported
 
 if TYPE_CHECKING:

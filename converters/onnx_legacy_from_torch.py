@@ -12,10 +12,10 @@ from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError
 from edgekd.models.onnx_file import name_nodes, require_onnx, strip_notes
 from edgekd.records import Precision
+from edgekd.teachers import MODEL_ERRORS
 
 from ._onnx_io import captured
 from ._onnx_tidy import tidy
-from ._torch_io import MODEL_ERRORS
 from ._torch_onnx import flat, prepared, refusal, store_exported
 
 _OLDEST, _NEWEST, _DEFAULT = 9, 20, 17

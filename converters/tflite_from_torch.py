@@ -18,11 +18,12 @@ from edgekd.models.notes import carried_notes
 from edgekd.models.tflite_artifact import store_tflite
 from edgekd.models.tflite_file import parse_model, require_schema, unique
 from edgekd.records import IOSpec, Precision, TensorSpec
+from edgekd.teachers import MODEL_ERRORS
 from edgekd.tree import flatten_outputs
 
 from ._litert import blame, quiet
 from ._onnx_io import Noise, versions
-from ._torch_io import MODEL_ERRORS, copy_module, module_outputs, weights_hash
+from ._torch_io import copy_module, module_outputs, weights_hash
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ class TfliteFromTorch:
             raise ModelError("the converter takes a torch.nn.Module", found=type(request.source).__name__, subject=self.name)
         binding = _binding(request)
         names = tuple(tensor.name for tensor in request.iospec.inputs)
-        arguments = tuple(torch.from_numpy(np.ascontiguousarray(request.example[name][:1])) for name in names)
+        arguments = tuple(torch.from_numpy(np.array(request.example[name][:1])) for name in names)
         module = copy_module(request.source)
         seen = _run(module, arguments)
         layouts = _layouts(request.iospec, arguments, seen.outputs, channel_last)

@@ -14,6 +14,7 @@ from edgekd.contracts import Array, Tensors
 from edgekd.errors import ConversionRejected, DataError, MissingDependency, ModelError, ParityRejected, near_names
 from edgekd.parity.compare import BASE_DEPTH, compare_hop, tolerance_for
 from edgekd.records import HopParity, IOSpec, Precision, StatePair, TensorSpec
+from edgekd.teachers import MODEL_ERRORS
 from edgekd.tree import first_line, flatten_outputs
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 _BATCH = "batch"
 _FEWEST_STEPS = 3
-_MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def streaming_cell(module: torch.nn.Module, example: Any, *, time_axis: int = 1,
     try:
         with torch.no_grad():
             answer = cell(*first)
-    except _MODEL_ERRORS as error:
+    except MODEL_ERRORS as error:
         raise ConversionRejected(
             f"{type(module).__name__} does not run on a sequence of one step",
             found=first_line(error),
@@ -308,7 +308,7 @@ def _outputs(net: torch.nn.Module, arrays: Tensors, watched: Mapping[str, torch.
     try:
         with torch.no_grad():
             found = flatten_outputs(net(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays.values())))
-    except _MODEL_ERRORS as error:
+    except MODEL_ERRORS as error:
         shapes = {name: array.shape for name, array in arrays.items()}
         raise ConversionRejected(
             f"{type(net).__name__} fails on its example", found=first_line(error), hint=f"check the inputs: {shapes}", subject=type(net).__name__

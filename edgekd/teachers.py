@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,49 @@ _PROCESS = uuid.uuid4().hex
 """Part of the identity of what nothing identifies: it is never found again by another process."""
 
 
-_REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AssertionError)
-"""What a model raises on inputs that it does not take."""
+MODEL_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
+"""What a user's model raises on inputs that it does not take, or an exporter on its way through it."""
 
 
-def _run(name: str, inputs: Tensors, call: Callable[[dict[str, Array]], Any], *, batch: int = 0, refusals: tuple[type[Exception], ...] = _REFUSALS) -> Any:
+@contextmanager
+def accepted(kind: str, subject: str, inputs: Tensors, errors: tuple[type[Exception], ...] = MODEL_ERRORS) -> Iterator[None]:
+    """A block in which a user's model runs on `inputs`; the model is called `kind` and `subject` in the message: the teacher Net.
+
+    Raises:
+        ModelError: it raises one of `errors`; shows the inputs.
+    """
+    try:
+        yield
+    except errors as error:
+        shown = ", ".join(f"{key} {value.dtype} {tuple(value.shape)}" for key, value in inputs.items())
+        raise ModelError(
+            f"{kind} {subject} does not accept the data",
+            found=f"inputs {shown}: {first_line(error)}",
+            hint="check the shape and dtype of the items and the order of the inputs",
+            subject=subject,
+        ) from error
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """A block in which a module is in evaluation mode; afterwards every part has the mode it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def tensors_of(inputs: Tensors) -> tuple[torch.Tensor, ...]:
+    """The inputs as tensors with memory of their own: a module may change them in place."""
+    import torch
+
+    return tuple(torch.from_numpy(value.copy()) for value in inputs.values())
+
+
+def _run(name: str, inputs: Tensors, call: Callable[[dict[str, Array]], Any], *, batch: int = 0, errors: tuple[type[Exception], ...] = MODEL_ERRORS) -> Any:
     """Named outputs of all items, `(items, ...)`, by calling the model on a part at a time.
 
     A model whose batch is fixed gets parts of `batch` items, the last one filled up with its last item, which is cut off again.
@@ -43,18 +82,8 @@ def _run(name: str, inputs: Tensors, call: Callable[[dict[str, Array]], Any], *,
         taken = len(next(iter(part.values())))
         if taken < batch:
             part = {key: np.concatenate([value, np.repeat(value[-1:], batch - taken, axis=0)]) for key, value in part.items()}
-        try:
+        with accepted("the teacher", name, part, errors):
             raw = call(part)
-        except ModelError:
-            raise
-        except refusals as error:
-            shown = ", ".join(f"{key} {value.dtype} {tuple(value.shape)}" for key, value in part.items())
-            raise ModelError(
-                f"the teacher {name} does not accept the data",
-                found=f"inputs {shown}: {first_line(error)}",
-                hint="check the shape and dtype of the items and the order of the inputs",
-                subject=name,
-            ) from error
         outputs = {key: to_numpy(value) for key, value in flatten_outputs(raw).items()}
         for key, value in outputs.items():
             if value.ndim == 0 or len(value) != max(taken, batch):
@@ -140,14 +169,8 @@ class TorchTeacher(_InTorch):
     def outputs(self, inputs: Tensors) -> dict[str, Array]:
         import torch
 
-        modes = [(part, part.training) for part in self._module.modules()]
-        self._module.eval()
-        try:
-            with torch.no_grad():
-                found: dict[str, Array] = _run(self.name, inputs, lambda part: self._module(*(torch.from_numpy(value) for value in part.values())))
-        finally:
-            for part, training in modes:
-                part.training = training
+        with evaluating(self._module), torch.no_grad():
+            found: dict[str, Array] = _run(self.name, inputs, lambda part: self._module(*tensors_of(part)))
         return found
 
     def _content_hash(self) -> str:
@@ -168,9 +191,7 @@ class ExportedTeacher(_InTorch):
         import torch
 
         with torch.no_grad():
-            found: dict[str, Array] = _run(
-                self.name, inputs, lambda part: self._graph(*(torch.from_numpy(value) for value in part.values())), batch=self._batch()
-            )
+            found: dict[str, Array] = _run(self.name, inputs, lambda part: self._graph(*tensors_of(part)), batch=self._batch())
         return found
 
     def _batch(self) -> int:
@@ -222,7 +243,7 @@ class OnnxTeacher(AnsweringTeacher):
             inputs,
             lambda part: dict(zip(names, session.run(None, part), strict=True)),
             batch=max(sizes, default=0),
-            refusals=(*_REFUSALS, *_ort_errors()),
+            errors=(*MODEL_ERRORS, *_ort_errors()),
         )
         return found
 

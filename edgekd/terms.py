@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,10 @@ from typing import Any
 import msgspec
 
 from edgekd.contracts import Task
-from edgekd.errors import BundleError, ConfigError, near_names
+from edgekd.errors import BundleError, ConfigError
 from edgekd.identity.provenance import code_hash, describe_factory
 from edgekd.records import Manifest, Profile, TransportConfig
+from edgekd.settings.named import first_on_path, made_by, named_object
 from edgekd.settings.profile_fields import plain, toml_text
 from edgekd.settings.profile_file import list_profiles
 from edgekd.tasks import Classification, MultiTask, Regression, as_task, task_from
@@ -170,36 +169,11 @@ def task_of(manifest: Manifest, given: Task | str | None, folder: Path) -> Task:
 
 def _named(text: str, bundle: Path) -> Any:
     """The object called `module:name`; a class, or what is no task but can be called, is called without arguments."""
-    module_name, colon, name = text.partition(":")
-    if not colon or not module_name or not name:
-        raise ConfigError("this is not module:name", found=text, allowed="for example my_tasks:TopFive", subject=text)
     here = Path.cwd()
     if here.resolve().is_relative_to(bundle.resolve()):
         raise ConfigError("code is not imported from a bundle", found=f"the current folder {here}", hint="run from another folder", subject=text)
-    sys.path.insert(0, str(here))
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"the task's module {module_name!r} cannot be imported", found=str(error), hint="run from the folder that holds it, or install it", subject=text
-        ) from error
-    finally:
-        sys.path.remove(str(here))
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(
-                f"{module_name} has no {name!r}", found=text, allowed=near_names(part, [key for key in vars(found) if key[0] != "_"]), subject=text
-            )
-        found = getattr(found, part)
-    if not inspect.isclass(found) and (isinstance(found, Task) or not callable(found)):
-        return found
-    try:
-        inspect.signature(found).bind()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            "the task cannot be made without arguments",
-            found=f"{text}: {error}",
-            hint="name an object, or a function without arguments that makes the task as the run did",
-            subject=text,
-        ) from error
-    return found()
+    with first_on_path(here):
+        found = named_object(text, here)
+        if not inspect.isclass(found) and (isinstance(found, Task) or not callable(found)):
+            return found
+        return made_by(found, text)

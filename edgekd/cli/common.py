@@ -143,3 +143,19 @@ def require(module: str, extra: str, purpose: str) -> None:
 
     if importlib.util.find_spec(module) is None:
         raise MissingDependency(module, extra, purpose=purpose)
+
+
+def given_object(text: str) -> Any:
+    """The object called `module:name` in the current folder or an installed package; of a function without arguments, or a class, what it gives.
+
+    Raises:
+        ConfigError: there is none of this name, or its code raises.
+    """
+    import inspect
+
+    from edgekd.settings.named import first_on_path, made_by, named_object
+
+    here = Path.cwd()
+    with first_on_path(here):
+        found = named_object(text, here)
+        return made_by(found, text) if inspect.isroutine(found) or inspect.isclass(found) else found

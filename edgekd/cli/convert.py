@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.cli.common import FILE, FOLDER, json_option, print_json, print_table, say, set_option, target_option
+from edgekd.cli.common import FILE, FOLDER, given_object, json_option, print_json, print_table, say, set_option, target_option
 
 if TYPE_CHECKING:
     from edgekd.conversion.convert import Conversion
@@ -82,7 +79,7 @@ def convert(
     from edgekd.conversion.inputs import source_format
     from edgekd.records import IOSpec
 
-    source: Any = named_object(model) if _is_named(model) else Path(model)
+    source: Any = given_object(model) if _is_named(model) else Path(model)
     wanted = to_format or _to(out) or source_format(source)
     given: dict[str, Any] = {
         "calibration": calibration,
@@ -94,22 +91,22 @@ def convert(
         "overrides": overrides,
         "iospec": None if iospec is None else IOSpec.load(iospec),
         "environments": environments,
+        "outputs": _names(outputs) or None,
+        "max_transposes": max_transposes,
+        "processing": processing,
         "progress": say,
     }
     if fastest:
         if target is None or steps or allow_divergence:
             raise click.UsageError("--fastest needs --target, and goes with neither --via nor --allow-divergence")
-        if outputs or max_transposes is not None or channel_last or processing is not None:
-            raise click.UsageError("--fastest does not take --outputs, --max-transposes, --channel-last or --processing: convert with them first")
+        if channel_last:
+            raise click.UsageError("--fastest does not take --channel-last, which one road only can promise: name that road with --via tflite-from-torch")
         return _fastest(source, wanted, as_json, precision=precision or "fp32", **given)
     made = edgekd.convert(
         source,
         wanted,
         precision=precision,
         via=steps,
-        outputs=_names(outputs) or None,
-        max_transposes=max_transposes,
-        processing=processing,
         options={"tflite-from-torch": {"channel_last": True}} if channel_last else None,
         allow_divergence=allow_divergence,
         **given,
@@ -216,25 +213,3 @@ def _plan(model: str, to: str | None, precision: str | None, via: tuple[str, ...
     rows = [("->" if route is taken else "", str(route), state(route)) for route in found]
     print_table(f"Roads from {source} to {to or source} in {wanted}, best first", ("taken", "road", "state"), rows)
     return 0
-
-
-def named_object(text: str) -> Any:
-    """The torch module, or other object, called `module:name`, from the current folder or an installed package; a function is called without arguments."""
-    from edgekd.errors import ConfigError, near_names
-
-    module_name, _, name = text.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"the module {module_name!r} cannot be imported", found=str(error), hint="run from the folder that holds it", subject=text) from error
-    finally:
-        sys.path.remove(here)
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ConfigError(
-                f"{module_name} has no {name!r}", found=text, allowed=near_names(part, [key for key in vars(found) if key[0] != "_"]), subject=text
-            )
-        found = getattr(found, part)
-    return found() if inspect.isroutine(found) or inspect.isclass(found) else found

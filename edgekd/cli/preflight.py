@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.cli.common import json_option, print_json, print_table, require, set_option
+from edgekd.cli.common import given_object, json_option, print_json, print_table, require, set_option
 
 if TYPE_CHECKING:
     from edgekd.operators.report import OperatorSet, PreflightReport
@@ -48,19 +47,15 @@ def preflight(what: str, targets: tuple[str, ...], example: Path | None, overrid
 
 def _of_module(what: str, targets: tuple[str, ...], example: Path | None, overrides: tuple[str, ...]) -> Iterator[PreflightReport]:
     import edgekd
-    from edgekd.cli.convert import named_object
+    from edgekd.settings.named import first_on_path
 
     if ":" not in what:
         raise click.UsageError(f"{what} is neither MODULE:NAME nor a job file (.toml)")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        given: Any = named_object(what)
+    with first_on_path(Path.cwd()):  # students are made while the preflight runs
+        given: Any = given_object(what)
         for name in targets:
             with edgekd.connect(name, overrides=overrides) as target:
                 yield edgekd.preflight(given, target=target, example=example)
-    finally:
-        sys.path.remove(here)
 
 
 def _of_job(path: Path, targets: tuple[str, ...], overrides: tuple[str, ...]) -> Iterator[PreflightReport]:

@@ -10,6 +10,7 @@ from edgekd.contracts import Tensors
 from edgekd.errors import ConfigError, ConversionRejected
 from edgekd.models.layout import LayoutOps, layout_ops
 from edgekd.records import Format, IOSpec
+from edgekd.teachers import accepted, evaluating, tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,9 @@ def module_bound(module: torch.nn.Module, inputs: Tensors, iospec: IOSpec) -> Bo
     Allowed are the module's own permutations (heads of attention need them; one more for each fused attention, which holds one inside),
     one for each place where an image becomes a vector or back, since channel-last memory is flattened in another order, and those at
     the borders: two, or one for each input and output of rank 3 or more where there are more of them.
+
+    Raises:
+        ModelError: the module does not take the sample.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,18 +71,14 @@ def module_bound(module: torch.nn.Module, inputs: Tensors, iospec: IOSpec) -> Bo
                 crossings += _crosses(args[0], made)
             return made
 
-    arguments = [torch.from_numpy(inputs[tensor.name][:1]) for tensor in iospec.inputs]
-    modes = [(part, part.training) for part in module.modules()]
+    first = {tensor.name: inputs[tensor.name][:1] for tensor in iospec.inputs}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator that hides the permutations of an encoder layer
-    module.eval()
     try:
-        with torch.no_grad(), Count():  # type: ignore[no-untyped-call]
-            module(*arguments)
+        with evaluating(module), torch.no_grad(), accepted("the module", type(module).__name__, first), Count():  # type: ignore[no-untyped-call]
+            module(*tensors_of(first))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for part, training in modes:
-            part.training = training
     return _bound(permutes, crossings, iospec)
 
 

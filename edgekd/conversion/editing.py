@@ -17,6 +17,7 @@ from edgekd.conversion.inputs import Source
 from edgekd.errors import ConfigError
 from edgekd.models.notes import CARRIED
 from edgekd.records import Format, IOSpec
+from edgekd.teachers import accepted, evaluating, tensors_of
 from edgekd.tree import flatten_outputs
 
 if TYPE_CHECKING:
@@ -98,29 +99,37 @@ def _kept_module(module: torch.nn.Module, spec: IOSpec, example: Mapping[str, Ar
 
     wrapped = Kept()
     wrapped.training = module.training  # the module itself stays as it is
-    all_read, still_read = (_read_inputs(one, spec, example) for one in (module, wrapped))
-    require_fed([name for name in all_read if name not in still_read], kept)
+    (read, _), (still_read, judged) = (_read_inputs(one, spec, example) for one in (module, wrapped))
+    if judged:
+        require_fed([name for name in read if name not in still_read], kept)
     return wrapped
 
 
-def _read_inputs(module: torch.nn.Module, spec: IOSpec, example: Mapping[str, Array]) -> list[str]:
-    """The float inputs that some output depends on, found by its gradient; whole numbers have none and are not judged."""
+def _read_inputs(module: torch.nn.Module, spec: IOSpec, example: Mapping[str, Array]) -> tuple[list[str], bool]:
+    """The float inputs that some output depends on, found by its gradient, and whether there are no others.
+
+    There may be others where an output has no gradient (a label, a detached tensor), or the module cannot be differentiated. Inputs of whole
+    numbers have no gradient and are not judged.
+
+    Raises:
+        ModelError: the module does not take the example.
+    """
     import torch
 
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.enable_grad():
-            values = [torch.from_numpy(example[tensor.name][:1].copy()) for tensor in spec.inputs]
-            floats = {tensor.name: value.requires_grad_() for tensor, value in zip(spec.inputs, values, strict=True) if value.is_floating_point()}
-            made = [value.sum() for value in flatten_outputs(module(*values)).values() if isinstance(value, torch.Tensor) and value.requires_grad]
-            if not made or not floats:
-                return []
-            found = torch.autograd.grad(torch.stack([value.float() for value in made]).sum(), list(floats.values()), allow_unused=True)
-    finally:
-        for part, training in modes:
-            part.training = training
-    return [name for name, gradient in zip(floats, found, strict=True) if gradient is not None]
+    first = {tensor.name: example[tensor.name][:1] for tensor in spec.inputs}
+    with evaluating(module), torch.enable_grad():
+        values = dict(zip(first, tensors_of(first), strict=True))
+        floats = {name: value.requires_grad_() for name, value in values.items() if value.is_floating_point()}
+        with accepted("the module", type(module).__name__, first):
+            outputs = list(flatten_outputs(module(*(value.clone() for value in values.values()))).values())
+        made = [value.sum() for value in outputs if isinstance(value, torch.Tensor) and value.requires_grad]
+        if not made or not floats:
+            return [], False
+        try:
+            found = torch.autograd.grad(made, list(floats.values()), allow_unused=True)
+        except RuntimeError:  # a step without a derivative, or one that writes over what another's derivative needs
+            return [], False
+    return [name for name, gradient in zip(floats, found, strict=True) if gradient is not None], len(made) == len(outputs)
 
 
 def _onnx(source: Source, artifact: StoredArtifact, outputs: Sequence[str] | None, folder: Path) -> Source:

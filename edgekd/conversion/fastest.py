@@ -16,7 +16,21 @@ from edgekd.conversion.convert import Conversion, convert, print_line, write_art
 from edgekd.conversion.formats import Route, load_graph
 from edgekd.conversion.inputs import source_format
 from edgekd.conversion.running import Options, Say
-from edgekd.errors import ConfigError, ConversionRejected, MeasurementInvalid, ParityRejected, Rejected, UnsupportedModel
+from edgekd.errors import (
+    ConfigError,
+    ConversionRejected,
+    EdgekdError,
+    EnvironmentFailed,
+    InputError,
+    MeasurementInvalid,
+    MissingDependency,
+    MissingEnvironment,
+    ParityRejected,
+    Rejected,
+    RunnerFailed,
+    UnsupportedModel,
+    near_names,
+)
 from edgekd.records import Format, Precision, Record
 
 if TYPE_CHECKING:
@@ -25,8 +39,12 @@ if TYPE_CHECKING:
     from edgekd.measuring.screening import Screened
 
 
+_ENDS_A_ROAD = (Rejected, InputError, EnvironmentFailed, RunnerFailed)
+"""What one road may end in while the others go on; a lost device or a full disk ends them all."""
+
+
 class RoadTime(Record, tag="edgekd.road_time/1", frozen=True, kw_only=True):
-    """What became of one road. `outcome` is `fastest`, `slower`, `differs`, `refused` or `not ready`; `reason` says why.
+    """What became of one road. `outcome` is `fastest`, `slower`, `differs`, `refused`, `failed` or `not ready`; `reason` says why.
 
     Latencies are in milliseconds at the asked percentile, with bounds that are one-sided at 99 %; `None` where nothing was measured.
     """
@@ -73,11 +91,12 @@ def fastest(
 
     By default every road that is ready on this machine is tried; `roads` names some, each as `via` does: `[["tflite-from-torch"],
     ["onnx-from-torch", "tflite-from-onnx"]]`. Each is converted and compared hop by hop as by `edgekd.convert`, which takes the further arguments
-    `given`; one that is refused or differs is left out, with the reason. The others are measured on `target` in one screen (`docs/measuring.md`) on
-    seeded random inputs, a state fed back step by step.
+    `given`; one that is refused, differs or fails is left out, with the reason. The others are measured on `target` in one screen (`docs/measuring.md`) on
+    seeded random inputs, a state fed back step by step. `options` go to the roads that take the converter.
 
     Raises:
-        ConfigError: no road exists, or none is ready. ConversionRejected: every road is refused or differs; lists the reasons.
+        ConfigError: no road exists, none is ready, or options are for a converter of none. InputError: what ends every road alike. ConversionRejected:
+            every road is refused, differs or fails; lists the reasons.
         UnsupportedModel: the target does not run the format. MeasurementInvalid: the device was disturbed, so that no road is known to be the fastest.
     """
     say: Say = progress if callable(progress) else print_line if progress else _silent
@@ -87,6 +106,7 @@ def fastest(
     ready = [route for route in chosen if not route.missing(folder_of)]
     if not ready:
         raise ConfigError(f"no road to {to} is ready on this machine", found=" | ".join(f"{row.route}: {row.reason}" for row in taken), subject=to)
+    _check_options(options or {}, chosen)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekd-fastest-")))
         live = _opened(stack, target, overrides)
@@ -94,6 +114,7 @@ def fastest(
             runs = ", ".join(item.value for item in live.capabilities.formats)
             raise UnsupportedModel(f"the target {live.name!r} does not run {to}", found=runs, hint="name a target that does", subject=live.name)
         made: dict[str, tuple[Route, Conversion]] = {}
+        ends: list[EdgekdError] = []
         for number, route in enumerate(ready):
             say(f"road {number + 1} of {len(ready)}: {route}")
             own = {name: values for name, values in (options or {}).items() if name in route.converters}
@@ -112,16 +133,14 @@ def fastest(
                     **given,
                 )
                 _require_support(live, done.stored)
-            except Rejected as error:
-                outcome = "differs" if isinstance(error, ParityRejected) else "refused"
-                say(f"{outcome}: {error}")
-                taken.append(_row(route, outcome, str(error)))
+            except _ENDS_A_ROAD as error:
+                ends.append(error)
+                taken.append(_row(route, _outcome(error), str(error)))
+                say(f"{taken[-1].outcome}: {error}")
                 continue
             made[" -> ".join(route.converters)] = (route, done)
         if not made:
-            raise ConversionRejected(
-                f"every road to {to} is refused or differs", found=" | ".join(f"{' -> '.join(row.route)}: {row.reason}" for row in taken), subject=to
-            )
+            raise _no_road_left(to, taken, ends)
         screened = _screened(live, {label: done.stored for label, (_, done) in made.items()}, percentile, seed, say)
         order = sorted(screened, key=lambda label: screened[label].latency_ms)
         best = made[order[0]][1]
@@ -154,6 +173,29 @@ def _routes(source: str, to: str, precision: Precision | str, roads: Sequence[Se
     if not chosen or len({route.converters for route in chosen}) < len(chosen):
         raise ConfigError("roads are named once each, one at least", found=[list(via) for via in roads], subject="roads")
     return tuple(chosen)
+
+
+def _check_options(options: Options, routes: Sequence[Route]) -> None:
+    known = sorted({name for route in routes for name in route.converters})
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"options are given for a converter that no road takes: {name!r}", allowed=near_names(name, known), subject=name)
+
+
+def _outcome(error: EdgekdError) -> str:
+    if isinstance(error, ParityRejected):
+        return "differs"
+    if isinstance(error, (MissingDependency, MissingEnvironment)):
+        return "not ready"
+    return "refused" if isinstance(error, Rejected) else "failed"
+
+
+def _no_road_left(to: str, rows: Sequence[RoadTime], ends: Sequence[EdgekdError]) -> EdgekdError:
+    """The error after the last road: a wrong input that ended every one alike is told as it is."""
+    if all(isinstance(error, InputError) for error in ends) and len({str(error) for error in ends}) == 1:
+        return ends[0]
+    reasons = " | ".join(f"{' -> '.join(row.route)}: {row.outcome}: {row.reason}" for row in rows)
+    return ConversionRejected(f"no road to {to} leads to a file that is right", found=reasons, hint="mend one of the reasons, or name other roads", subject=to)
 
 
 def _opened(stack: ExitStack, target: Target | str, overrides: Sequence[str]) -> Target:

@@ -49,7 +49,7 @@ def torch_outputs(module: torch.nn.Module, inputs: Tensors) -> dict[str, Array]:
     parts: list[dict[str, Any]] = []
     with torch.no_grad():
         for at in range(len(next(iter(inputs.values())))):
-            given = [torch.from_numpy(np.ascontiguousarray(value[at : at + 1])) for value in inputs.values()]
+            given = [torch.from_numpy(value[at : at + 1].copy()) for value in inputs.values()]
             parts.append(flatten_outputs(module(*given)))
     return {name: np.concatenate([to_numpy(part[name]) for part in parts]) for name in parts[0]}
 

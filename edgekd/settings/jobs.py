@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.errors import BudgetError, near_names
+from edgekd.errors import BudgetError, ConfigError, near_names
 from edgekd.options import ConvertOptions, Options, QuantizeOptions, SearchOptions, TrainOptions
 from edgekd.records import Budget, Record
 from edgekd.records.model import NonNegative
+from edgekd.settings.named import first_on_path, made_by, named_object
 from edgekd.settings.toml_file import TomlText, apply_overrides, check_known, load_toml, parse_overrides, to_record
 
 if TYPE_CHECKING:
@@ -147,15 +146,9 @@ class Job:
             "options": spec.options,
         }
 
-    @contextmanager
-    def first_on_path(self) -> Iterator[None]:
+    def first_on_path(self) -> AbstractContextManager[None]:
         """The job's folder first on `sys.path`."""
-        entry = str(self.folder)
-        sys.path.insert(0, entry)
-        try:
-            yield
-        finally:
-            sys.path.remove(entry)
+        return first_on_path(self.folder)
 
     def _space(self) -> StudentSpace:
         from edgekd.spaces import Family, Fixed
@@ -188,7 +181,10 @@ class Job:
     def _made(self, key: tuple[str, ...], text: str) -> Any:
         """What a function without arguments or a class gives; any other object as it is."""
         found = self._named(key, text)
-        return found() if inspect.isroutine(found) or inspect.isclass(found) else found
+        if not inspect.isroutine(found) and not inspect.isclass(found):
+            return found
+        with self._placed(key):
+            return made_by(found, text)
 
     def _importable(self, key: tuple[str, ...], text: str) -> Callable[..., Any]:
         """A factory that a bundle can name: it must be importable again from its module."""
@@ -205,37 +201,16 @@ class Job:
 
     def _named(self, key: tuple[str, ...], text: str) -> Any:
         """The object called `module:name`, with the job's folder in front."""
-        module_name, colon, name = text.partition(":")
-        if not colon or not module_name or not name or module_name == "__main__":
-            raise self.document.problem(key, "this is not module:function", found=text, allowed="for example model:make_net, or a path")
-        module = self._module(key, module_name)
-        found: Any = module
-        for part in name.split("."):
-            if not hasattr(found, part):
-                names = [other for other in vars(found) if not other.startswith("_")]
-                raise self.document.problem(key, f"{module_name} has no {part!r}", found=text, allowed=near_names(part, names))
-            found = getattr(found, part)
-        return found
+        with self._placed(key):
+            return named_object(text, self.folder)
 
-    def _module(self, key: tuple[str, ...], name: str) -> Any:
+    @contextmanager
+    def _placed(self, key: tuple[str, ...]) -> Iterator[None]:
+        """A block whose errors about a name are told with the line of the job file that holds it."""
         try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            own = error.name == name or name.startswith(f"{error.name}.")
-            beside = sorted(path.stem for path in self.folder.glob("*.py"))
-            raise self.document.problem(
-                key,
-                f"the module {name!r} {'does not exist' if own else f'needs {error.name!r}, which is not installed'}",
-                found=str(error),
-                allowed=f"{near_names(name, beside)} beside the job file, or an installed module" if own else None,
-                hint=None if own else f"pip install {error.name}",
-            ) from error
-        place, here = Path(getattr(module, "__file__", None) or "."), self.folder / f"{name.replace('.', '/')}.py"
-        if here.is_file() and place.resolve() != here.resolve():
-            raise self.document.problem(
-                key, f"another module called {name!r} is loaded already", found=str(place), allowed=str(here), hint="rename the job's file"
-            )
-        return module
+            yield
+        except ConfigError as error:
+            raise self.document.problem(key, error.what, found=error.found, allowed=error.allowed, hint=error.hint) from error
 
 
 def load_job(path: Path | str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Job:

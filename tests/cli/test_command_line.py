@@ -290,12 +290,27 @@ def test_convert_to_int8_writes_a_model_and_compares_it(model: Path, tmp_path: P
     assert (tmp_path / "folder" / "artifact.json").is_file()
 
 
-@pytest.mark.parametrize("extra", [("--outputs", "y"), ("--max-transposes", "0"), ("--channel-last",)])
-def test_fastest_refuses_what_it_does_not_pass_on(model: Path, tmp_path: Path, extra: tuple[str, ...]) -> None:
-    done = edgekd("convert", model / "net.onnx", "--fastest", "--target", "null", *extra, "-o", tmp_path / "m.onnx")
-    assert done.exit_code != 0
-    assert extra[0] in done.output
+def test_fastest_refuses_what_one_road_only_can_promise(model: Path, tmp_path: Path) -> None:
+    done = edgekd("convert", model / "net.onnx", "--fastest", "--target", "null", "--channel-last", "-o", tmp_path / "m.onnx")
+    assert done.exit_code == 3
+    assert "--via tflite-from-torch" in done.output
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_fastest_passes_on_what_convert_takes(model: Path, tmp_path: Path) -> None:
+    words = ("convert", model / "net.onnx", "--to", "onnx", "--precision", "fp16", "--fastest", "--target", "null", "-o", tmp_path / "m.onnx")
+    wrong = edgekd(*words, "--outputs", "z")
+    assert wrong.exit_code == 3
+    assert "y" in wrong.stderr.partition("allowed: ")[2]
+    negative = edgekd(*words, "--max-transposes", "-1")
+    assert negative.exit_code == 3
+    assert "0 or more" in negative.stderr
+    assert not (tmp_path / "m.onnx").exists()
+    (tmp_path / "after.toml").write_text('[[outputs]]\nkind = "softmax"\nwhere = "inside"\n')
+    done = edgekd(*words, "--outputs", "y", "--max-transposes", "0", "--processing", tmp_path / "after.toml")
+    assert done.exit_code == 0, done.output
+    assert "fastest" in done.stdout
+    assert "softmax" in done.stdout.partition("in the file: processing: ")[2]
 
 
 def test_convert_plan_lists_the_roads_with_what_is_missing_and_writes_nothing(model: Path, tmp_path: Path) -> None:

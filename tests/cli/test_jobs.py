@@ -152,9 +152,9 @@ def test_override_is_named_instead_of_a_line_when_it_is_wrong(job_file: Path) ->
         ("{m}:make_nets", "make_net (did you mean this?)"),
         ("{m}:nameless", "importable by name"),
         ("{m}:number", "importable by name"),
-        ("{m}", "not module:function"),
-        ("__main__:make_net", "not module:function"),
-        ("no_such_module_here:make_net", "beside the job file"),
+        ("{m}", "not module:name"),
+        ("__main__:make_net", "not module:name"),
+        ("no_such_module_here:make_net", "or an installed module"),
     ],
 )
 def test_factory_that_cannot_be_imported_by_name_is_refused_with_its_line(job_file: Path, value: str, text: str) -> None:

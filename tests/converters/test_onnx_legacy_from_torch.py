@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -86,3 +88,28 @@ def test_an_operator_that_the_old_set_lacks_is_named(tmp_path: Path) -> None:
 def test_unusable_options_are_refused(options: dict[str, str | int | float | bool], text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=text):
         export(ConvNet(), IMAGE, tmp_path, **options)
+
+
+def test_a_file_with_an_operator_of_its_author_s_own_is_written_with_its_batch_norm(tmp_path: Path) -> None:
+    class Glow(torch.autograd.Function):
+        @staticmethod
+        def forward(_: object, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x)
+
+        @staticmethod
+        def symbolic(graph: Any, x: Any) -> Any:
+            return graph.op("example.glow::Glow", x).setType(x.type())
+
+    class Glowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Glow.apply(self.fc(self.norm(x)))  # type: ignore[no-untyped-call,no-any-return]
+
+    told = export(Glowing(), {"x": noise(2, 5)}, tmp_path).record.metadata
+    assert told["batch_normalizations"] == "1"
+    ((_, reason),) = json.loads(told["batch_norms_left"])
+    assert "does not run the model" in reason
+    assert "example.glow" in reason

@@ -107,6 +107,39 @@ class LinearToOnnxNever(LinearToOnnx):
         raise ConversionRejected("the operator Linear is too square", subject="Linear")
 
 
+class Failing(LinearToOnnx):
+    """Ends in the error of that name, which a converter may raise on its way."""
+
+    def convert(self, request):
+        from edgekd import errors
+
+        kind = self.name.rpartition("-")[2]
+        if kind == "missing":
+            raise errors.MissingEnvironment("onnx2tf", found="no folder", purpose="this road", hint="edgekd env create onnx2tf")
+        errors_of = {"environment": errors.EnvironmentFailed, "model": errors.ModelError, "config": errors.ConfigError, "runner": errors.RunnerFailed}
+        raise errors_of[kind](f"the {kind} is at fault")
+
+
+class FailingEnvironment(Failing):
+    name = "fake-failing-environment"
+
+
+class FailingModel(Failing):
+    name = "fake-failing-model"
+
+
+class FailingConfig(Failing):
+    name = "fake-failing-config"
+
+
+class FailingRunner(Failing):
+    name = "fake-failing-runner"
+
+
+class FailingMissing(Failing):
+    name = "fake-failing-missing"
+
+
 class LinearToOnnxElsewhere(LinearToOnnx):
     name = "fake-onnx-from-linear-elsewhere"
     needs = {"no_such_module_anywhere": "x86"}

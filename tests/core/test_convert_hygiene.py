@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from click.testing import CliRunner
 
 import edgekd
 from edgekd.cli.main import cli
-from edgekd.errors import ConfigError, ConversionRejected
+from edgekd.conversion.bounds import module_bound
+from edgekd.errors import ConfigError, ConversionRejected, ModelError
 from edgekd.models.notes import read_metadata
+from edgekd.records import IOSpec, TensorSpec
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -127,3 +131,66 @@ def test_outputs_of_a_module_are_cut_and_an_input_that_nothing_reads_is_named(tm
     for wanted, idle in ((("cls.own",), "e"), (("extra.0",), "x")):
         with pytest.raises(ConfigError, match=rf"reads the input '{idle}'"):
             edgekd.convert(net, to="onnx", outputs=wanted, example=given, out=out, progress=False)
+
+
+def module(forward: Callable[..., Any]) -> Any:
+    """A torch module without weights of its own, with this forward over `x` and `e`."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    return type("Bare", (torch.nn.Module,), {"forward": forward})()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["label", "detached"])
+def test_an_output_without_a_gradient_can_be_kept_alone(kind: str, tmp_path: Path) -> None:
+    def forward(self: Any, x: Any, e: Any) -> Any:
+        logits = x.flatten(1)[:, :2] + e
+        label = {"label": logits.argmax(1), "detached": logits.detach() * 2.0}[kind]
+        return {"logits": logits, "label": label}
+
+    net, given, via = module(forward), {"x": X, "e": E}, ("onnx-legacy-from-torch",)
+    made = edgekd.convert(net, to="onnx", outputs=("label",), example=given, via=via, out=tmp_path / "m.onnx", progress=False)
+    assert [tensor.name for tensor in made.artifact.iospec.outputs] == ["label"]
+    assert [tensor.name for tensor in made.artifact.iospec.inputs] == ["x", "e"]
+    assert made.passed
+
+
+@pytest.mark.torch
+def test_a_module_that_changes_its_input_is_cut_and_compared_and_leaves_the_callers_arrays(tmp_path: Path) -> None:
+    def forward(self: Any, x: Any, e: Any) -> Any:
+        x.mul_(2.0)
+        return {"sum": x.flatten(1)[:, :2] + e, "own": x.flatten(1).sigmoid_()}
+
+    given = {"x": X.copy(), "e": E.copy()}
+    net, out = module(forward), tmp_path / "m.onnx"
+    made = edgekd.convert(net, to="onnx", outputs=("sum",), example=given, out=out, via=("onnx-legacy-from-torch",), progress=False)
+    assert made.passed
+    with pytest.raises(ConfigError, match="reads the input 'e'"):
+        edgekd.convert(net, to="onnx", outputs=("own",), example=given, out=out, progress=False)
+    spec = IOSpec(
+        inputs=tuple(TensorSpec(name=name, dtype="float32", shape=("batch", *value.shape[1:])) for name, value in given.items()),
+        outputs=(TensorSpec(name="sum", dtype="float32", shape=("batch", 2)),),
+    )
+    assert module_bound(net, given, spec).limit == 4  # the borders, and the image that is flattened twice
+    np.testing.assert_array_equal(given["x"], X)
+    np.testing.assert_array_equal(given["e"], E)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("reach", ["missing", "divide", "shape"])
+def test_an_error_of_the_module_is_told_with_its_inputs(reach: str, tmp_path: Path) -> None:
+    def forward(self: Any, x: Any, e: Any) -> Any:
+        return {"missing": lambda: x.nothing, "divide": lambda: x / (0 // 0), "shape": lambda: x @ e}[reach]()
+
+    net, given = module(forward), {"x": X, "e": E}
+    spec = IOSpec(
+        inputs=tuple(TensorSpec(name=name, dtype="float32", shape=("batch", *value.shape[1:])) for name, value in given.items()),
+        outputs=tuple(TensorSpec(name=name, dtype="float32", shape=("batch", 2)) for name in ("output.0", "output.1")),
+    )
+    told = r"Bare does not accept the data; found: inputs x float32 \(1, 3, 4, 4\), e float32 \(1, 2\): .+; next step"
+    with pytest.raises(ModelError, match=told):
+        module_bound(net, given, spec)
+    with pytest.raises(ModelError, match=told):
+        edgekd.convert(net, to="onnx", outputs=("output.0",), example=given, iospec=spec, out=tmp_path / "m.onnx", progress=False)
+    with pytest.raises(ModelError, match=told):
+        edgekd.convert(net, to="onnx", example=given, out=tmp_path / "m.onnx", progress=False)

@@ -19,12 +19,15 @@ pytestmark = pytest.mark.torch
 DATA = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
 SLOW, QUICK = ("fake-onnx-from-linear-slow",), ("fake-onnx-from-linear",)
 WRONG, NEVER, ELSEWHERE = ("fake-onnx-from-linear-wrong",), ("fake-onnx-from-linear-never",), ("fake-onnx-from-linear-elsewhere",)
+FAILING = {"environment": "failed", "model": "failed", "config": "failed", "runner": "failed", "missing": "not ready"}
 
 
 @pytest.fixture(autouse=True)
 def converters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"": "", "_slow": "Slow", "_wrong": "Wrong", "_never": "Never", "_elsewhere": "Elsewhere"}
-    install_converters(tmp_path / "plugin", monkeypatch, **{f"fake_onnx_from_linear{end}": f"LinearToOnnx{kind}" for end, kind in names.items()})
+    known = {f"fake_onnx_from_linear{end}": f"LinearToOnnx{kind}" for end, kind in names.items()}
+    failing = {f"fake_failing_{kind}": f"Failing{kind.title()}" for kind in FAILING}
+    install_converters(tmp_path / "plugin", monkeypatch, **known, **failing)
 
 
 def linear() -> Any:
@@ -68,6 +71,32 @@ def test_nothing_is_written_where_every_road_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="edgekd\\[x86\\]"):
         tried(tmp_path / "m.onnx", ELSEWHERE)
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_road_that_fails_in_another_way_leaves_the_others_alone(tmp_path: Path) -> None:
+    found = tried(tmp_path / "m.onnx", *((f"fake-failing-{kind}",) for kind in FAILING), QUICK)
+    assert found.conversion.route == QUICK
+    rows = {road.route[0].removeprefix("fake-failing-"): road for road in found.roads[1:]}
+    assert {kind: road.outcome for kind, road in rows.items()} == FAILING
+    assert "edgekd env create onnx2tf" in rows.pop("missing").reason
+    for kind, road in rows.items():
+        assert f"the {kind} is at fault" in road.reason
+
+
+def test_the_reasons_of_every_road_are_told_where_none_is_left(tmp_path: Path) -> None:
+    with pytest.raises(ConversionRejected, match=r"model is at fault.*config is at fault.*too square"):
+        tried(tmp_path / "m.onnx", ("fake-failing-model",), ("fake-failing-config",), NEVER)
+    with pytest.raises(ConfigError, match=r"^a torch module needs example inputs"):  # wrong for every road: told as it is
+        tried(tmp_path / "m.onnx", QUICK, SLOW, example=None)
+
+
+def test_what_convert_takes_reaches_every_road(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'logits'.*allowed: output"):
+        tried(tmp_path / "m.onnx", QUICK, SLOW, outputs=("logits",))
+    kept = tried(tmp_path / "m.onnx", QUICK, SLOW, outputs=("output",), max_transposes=0)
+    assert [road.outcome for road in kept.roads] == ["fastest", "slower"]
+    with pytest.raises(ConfigError, match=r"no road takes: 'fake-onnx-from-liner'.*fake-onnx-from-linear"):
+        tried(tmp_path / "m.onnx", QUICK, SLOW, options={"fake-onnx-from-liner": {"a": 1}})
 
 
 def test_a_disturbed_measurement_is_no_choice(tmp_path: Path) -> None:

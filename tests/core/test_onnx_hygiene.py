@@ -169,6 +169,23 @@ def test_folds_are_proven_on_the_example_and_one_that_is_wrong_is_taken_back(mon
     assert [name for name, _ in json.loads(told["batch_norms_left"])] == ["bad"]
 
 
+def test_no_fold_is_made_in_a_model_that_does_not_run_and_the_reason_is_told() -> None:
+    nodes = [node("Relu", ["x"], ["r"]), batch_norm("r", "s", "first"), node("Conv", ["s", "w"], ["a"], name="conv", pads=[1] * 4), batch_norm("a", "b", "bn")]
+    made = model(nodes, {"w": weight(6, 4, 3, 3), **norm(4, "first"), **norm(6, "bn")}, outputs=("b",))
+    made.graph.node.append(node("Glow", ["b"], ["y"], name="glow", domain="example.glow"))  # only its author's runtime has it
+    made.opset_import.append(onnx.helper.make_opsetid("example.glow", 1))
+    made.graph.output[0].name = "y"
+    spec = IOSpec(inputs=(TensorSpec(name="x", dtype="float32", shape=X.shape),), outputs=(TensorSpec(name="y", dtype="float32", shape=(1, 6, 7, 7)),))
+    found, told = _tidy.tidy(made, spec, {"x": X})
+    assert kinds(found) == ["Relu", "BatchNormalization", "Conv", "BatchNormalization", "Glow"]
+    assert (told["batch_norms_folded"], told["batch_normalizations"]) == ("0", "2")
+    left = dict(json.loads(told["batch_norms_left"]))
+    assert sorted(left) == ["bn", "first"]
+    assert "stands behind Relu" in left["first"]
+    assert "onnxruntime does not run the model" in left["bn"]
+    assert "Glow" in left["bn"]
+
+
 def test_a_fold_whose_weights_overflow_is_left() -> None:
     weights = {"w": weight(6, 4, 3, 3) * np.float32(1e20), **norm(6, "bn"), "bn_s": np.full(6, 1e30, np.float32)}
     made = model([node("Conv", ["x", "w"], ["a"], name="conv"), batch_norm("a", "y", "bn")], weights)

@@ -194,6 +194,22 @@ def test_members_that_cannot_be_built_are_listed_and_nothing_is_converted_for_th
         report.require_some()
 
 
+@pytest.mark.slow
+def test_an_operator_without_a_kernel_behind_a_batch_norm_is_a_refusal() -> None:
+    class Glowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            made = self.fc(self.norm(rows))
+            return torch.onnx.ops.symbolic("example.glow::Glow", (made,), dtype=torch.float32, shape=made.shape, version=1)
+
+    culprit = the_culprit(answer(Glowing(), ROWS))
+    assert culprit.step == "support"
+    assert "example.glow" in culprit.reason
+
+
 def test_an_untrained_network_that_gives_nan_is_converted_but_not_compared() -> None:
     class Nan(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -255,9 +255,12 @@ def test_another_task_or_another_source_is_refused(judged_by_own_task: Path) -> 
     bundle = judged_by_own_task / "bundle"
     with pytest.raises(BundleError, match="not the task"):
         gate(bundle, task=Classification(), accept_simulated=True)
+    Path("task_that_ends_a_test.py").write_text("raise SystemExit(0)\n")
     for wrong, says in (
         ("own_task_of_a_test", "module:function|module:name"),
-        ("no_such_module_here:T", "cannot be imported"),
+        (".own_task_of_a_test:TopTwo", "module:name"),
+        ("no_such_module_here:T", "does not exist"),
+        ("task_that_ends_a_test:T", r"raises SystemExit.*task_that_ends_a_test\.py, line 1"),
         ("own_task_of_a_test:TopTow", "TopTwo"),
     ):
         with pytest.raises(ConfigError, match=says):
