@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgekd import pipeline
+from edgekd.planning import Plan
 from edgekd.records import Budget
 from edgekd.spaces import Family, Fixed
 from edgekd.stages import Event
@@ -65,7 +66,7 @@ def call_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
         return {"output": kit.make_teacher("classification")(torch.from_numpy(np.ascontiguousarray(inputs["image"]))).numpy()}
 
 
-def both(folder: Path, notes: Path, runtime: str, *overrides: str, **changes: Any) -> tuple[pipeline.Plan, dict[str, int]]:
+def both(folder: Path, notes: Path, runtime: str, *overrides: str, **changes: Any) -> tuple[Plan, dict[str, int]]:
     """The plan, and the lines that each stage of the run wrote."""
     lines: Callable[[], int] = lambda: len(notes.read_text().splitlines()) if notes.is_file() else 0  # noqa: E731
     done, before = dict[str, int](), 0
