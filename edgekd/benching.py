@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from edgekd.contracts import Array, Target
-from edgekd.errors import InputError, UnsupportedModel
+from edgekd.errors import InputError
 from edgekd.measuring.launching import new_nonce
 from edgekd.measuring.measure import Subject, calibrate_limits, measure_verdict, screen
 from edgekd.models.model_file import import_model
@@ -18,6 +18,7 @@ from edgekd.models.notes import shown_notes
 from edgekd.npy import load_inputs
 from edgekd.records import Capabilities, IOSpec, Measurement, OpTime, Precision
 from edgekd.stats import percentile_of
+from edgekd.target import require_support
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,7 @@ def bench(
         rotation = target.profile.measure.verdict.launch.rotation
         given = step_spec(iospec)
         samples = random_inputs(given, samples=rotation, seed=seed) if inputs is None else load_inputs(Path(inputs), given)
-        support = target.runtime.supports(artifact)
-        if not support.supported:
-            raise UnsupportedModel(
-                "the target cannot run the model", found="; ".join(f"{op}: {why}" for op, why in support.missing.items()), subject=str(model)
-            )
+        support = require_support(target, artifact, str(model))
         subject = Subject(Path(model).stem, artifact, {key: value[:rotation] for key, value in samples.items()})
         nonce = new_nonce()
         limits = calibrate_limits(target, subject, cache_dir=None, seed=seed, nonce=nonce)

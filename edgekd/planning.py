@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from edgekd.errors import UnsupportedModel
+from edgekd.measuring.aa import BLOCKS
 from edgekd.measuring.screening import launches_each
-from edgekd.quantize.recipes import candidate_schemes, timed_schemes
+from edgekd.operators.preflight import Watched
+from edgekd.quantize.module_structure import module_structure
+from edgekd.quantize.proposals import Proposal, int8_proposals_for, timed_proposals
+from edgekd.quantize.structure import Structure
 from edgekd.records import Format, Precision, Record
+from edgekd.search import describe_candidates
 from edgekd.stages import STAGES
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context
 from edgekd.steps.inputs import baseline_inputs, run_facts, search_inputs
 from edgekd.steps.search import SearchOut
+from edgekd.teachers import OnnxTeacher
+
+if TYPE_CHECKING:
+    import torch
 
 _START_S = 0.6
 _EXPORT_S = {Format.ONNX: 3.0, Format.TFLITE: 8.0}
@@ -20,7 +33,7 @@ _MEGABYTE = 1e6
 
 
 class PlanRow(Record, tag="edgekd.plan_row/1", frozen=True, kw_only=True):
-    """One stage: launches on the device, trainings on the host, and minutes where they follow from the protocol.
+    """One stage: launches on the device, networks converted to float files, trainings, and minutes where they follow from the protocol.
 
     `finished`: the run folder holds its output for exactly these inputs. `done_before`: it holds outputs of this stage, for the same
     inputs or others; which, is known only when the stages before it are done.
@@ -29,6 +42,7 @@ class PlanRow(Record, tag="edgekd.plan_row/1", frozen=True, kw_only=True):
     stage: str
     about: str
     launches: int
+    conversions: int = 0
     trainings: str
     minutes: float | None
     finished: bool
@@ -53,57 +67,91 @@ class Plan(Record, tag="edgekd.plan/1", frozen=True, kw_only=True):
         lines.append("items: " + ", ".join(f"{name} {count if count >= 0 else 'stream'}" for name, count in self.items.items()))
         for row in self.rows:
             took = "finished: reused" if row.finished else "training time unknown" if row.minutes is None else f"about {row.minutes:.1f} min"
-            parts = [f"{row.launches} launches" if row.launches else "", row.trainings, took]
+            converted = f"{row.conversions} conversion{'' if row.conversions == 1 else 's'}" if row.conversions else ""
+            parts = [f"{row.launches} launches" if row.launches else "", converted, row.trainings, took]
             before = "; done before, with the same or other settings" if row.done_before else ""
             lines.append(f"{row.stage}: {', '.join(part for part in parts if part)}{before} ({row.about})")
         lines.append(f"measuring and converting: about {self.minutes:.1f} min; disk: about {self.disk_mb:.0f} MB")
         return "\n".join([*lines, *self.notes])
 
 
+@dataclass(frozen=True)
+class _Members:
+    """The space as the search will meet it: candidates that can be built, operator sets, the forms that each candidate is timed in (most first), the
+    most int8 proposals that a student has, and why members cannot be built."""
+
+    built: int
+    sets: int
+    forms: tuple[int, ...]
+    proposals: int
+    unbuildable: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a stage does: launches in screens and for a verdict, networks converted to float files, whether a file is made int8, and trainings."""
+
+    screens: int = 0
+    verdicts: int = 0
+    conversions: int = 0
+    quantized: bool = False
+    trainings: str = ""
+
+
 def make_plan(context: Context) -> Plan:
-    """The plan of a run. Launches are those of an undisturbed device; a verdict that stays undecided takes up to three times as many."""
-    measure = context.target.profile.measure
-    options = context.options
-    capabilities, wants_int8 = context.target.capabilities, context.wants(Precision.INT8)
-    forms = int(context.wants(Precision.FP32)) + (len(timed_schemes(capabilities)) if wants_int8 else 0)
-    export_s = _EXPORT_S.get(context.toolchain.format, max(_EXPORT_S.values()))
-    specs = context.space.candidates(context.seed)
+    """The plan of a run. Every student is built once, as the search does it, and thrown away; nothing is trained, converted or measured.
+
+    Launches are those of an undisturbed device and of one attempt; a verdict that stays undecided takes up to three times as many. The search
+    is counted as if it measured as many candidates as it may, each once; it often stops before, and measures doubtful ones again.
+    What is not known before: conversions that look for the culprit of a refused operator set, and the screens of operators that return to float.
+    """
+    measure, options, specs = context.target.profile.measure, context.options, context.space.candidates(context.seed)
     from_file = specs[0].kind == "fixed-onnx"
-    searched = 0 if from_file else min(len(specs), options.search.measurements)
-    finalists = min(options.search.finalists, len(specs))
-    rungs = 0 if len(specs) == 1 else finalists
+    members = _Members(1, 0, (), len(_proposals(context, None)), {}) if from_file else _members(context)
+    exported = context.teacher.module is not None or isinstance(context.teacher, OnnxTeacher)
+    teacher_int8 = 0 if from_file or not exported else len(_proposals(context, context.teacher.module))
+    searched = min(members.built, options.search.measurements)
+    rungs = 0 if len(specs) == 1 else min(options.search.finalists, len(specs))
+    longer = ", then fewer and longer" if rungs > 2 else ""
     screen_s = measure.screen.launch.warmup_min_s + measure.screen.launch.min_time_s + _START_S
     verdict_s = measure.verdict.launch.warmup_min_s + measure.verdict.launch.min_time_s + measure.verdict.launch.gap_s + _START_S
-    verdicts = measure.verdict.launches
-    int8 = 1 + len(candidate_schemes(capabilities)) if wants_int8 else 0
-    alone, quantizing, pair = (launches_each(measure.screen, count) * count for count in (1, int8 or 1, 2))
-    searching = launches_each(measure.screen, max(1, forms * searched))
-    trained = "" if from_file else f"1 training of {_epochs(options.train.epochs)} per attempt"
-    longer = ", then fewer and longer" if rungs > 2 else ""
-    short = f"{rungs} trainings of {_epochs(options.search.rung_epochs)}{longer}" if rungs > 1 else ""
-    rows = {
-        "baseline": (8 + alone + (quantizing if int8 and not from_file else 0), "", screen_s, 2 * export_s),
-        "search": (searching * forms * searched, short, screen_s, export_s * searched),
-        "distil": (0, trained, 0.0, 0.0),
-        "convert": (0, "", 0.0, export_s),
-        "quantize": (quantizing + pair if int8 else alone, "", screen_s, export_s),
-        "validate": (2 * verdicts, "", verdict_s, 0.0),
-        "bundle": (0, "", 0.0, export_s),
+    export_s = _EXPORT_S.get(context.toolchain.format, max(_EXPORT_S.values()))
+
+    def screened(subjects: int) -> int:
+        return launches_each(measure.screen, subjects) * subjects if subjects else 0
+
+    work = {
+        "baseline": _Work(
+            screens=4 * BLOCKS + screened(1) + (screened(1 + teacher_int8) if teacher_int8 else 0) if exported else 0,
+            conversions=int(context.teacher.module is not None),
+            quantized=teacher_int8 > 0,
+        ),
+        "search": _Work(
+            screens=screened(sum(members.forms[:searched])),
+            conversions=0 if from_file else min(members.built, searched + members.sets - 1),  # the smallest is tried and measured
+            trainings=f"{rungs} trainings of {_epochs(options.search.rung_epochs)}{longer}" if rungs > 1 else "",
+        ),
+        "distil": _Work(trainings="" if from_file else f"1 training of {_epochs(options.train.epochs)} per attempt"),
+        "convert": _Work(conversions=int(not from_file)),
+        "quantize": _Work(screens=screened(1 + members.proposals), quantized=members.proposals > 0),
+        "validate": _Work(screens=screened(2) if teacher_int8 else 0, verdicts=measure.verdict.launches * (1 + exported)),
+        "bundle": _Work(),
     }
     finished = _finished(context)
     done = {path.name.partition("-")[0] for path in (context.store.run_dir / "stages").glob("*-*")}
-    simulated = context.simulated == "null"
     out = []
     for stage in STAGES:
-        launches, trainings, each_s, extra_s = rows[stage.name]
-        seconds = (0.0 if simulated else launches * each_s) + extra_s
+        does = work[stage.name]
+        measuring_s = 0.0 if context.simulated == "null" else does.screens * screen_s + does.verdicts * verdict_s
+        seconds = measuring_s + export_s * (does.conversions + does.quantized)
         out.append(
             PlanRow(
                 stage=stage.name,
                 about=context.store.about.get(stage.name, stage.about),
-                launches=launches,
-                trainings=trainings,
-                minutes=None if stage.name == "distil" and trainings else seconds / 60.0,
+                launches=does.screens + does.verdicts,
+                conversions=does.conversions,
+                trainings=does.trainings,
+                minutes=None if stage.name == "distil" and does.trainings else seconds / 60.0,
                 finished=stage.name in finished,
                 done_before=stage.name in done - finished,
             )
@@ -114,6 +162,7 @@ def make_plan(context: Context) -> Plan:
     items = {name: len(split) if split.indexed else -1 for name, split in splits.items()}
     disk = max(items["test"], 0) * item + (max(items["train"], 0) * options.train.views * 4096 if options.train.teacher_outputs != "online" else 0)
     notes = ["a stage that was done before is reused only if its inputs, options and device are still the same"] if done - finished else []
+    notes.extend(f"{label} cannot be built: {reason}" for label, reason in sorted(members.unbuildable.items()))
     return Plan(
         target=context.target.name,
         simulated=context.simulated,
@@ -124,6 +173,37 @@ def make_plan(context: Context) -> Plan:
         disk_mb=disk / _MEGABYTE + 10.0,
         notes=tuple(notes),
     )
+
+
+def _members(context: Context) -> _Members:
+    """The students of the run's space; the smallest of an operator set stands for the structure of all of them."""
+    watched = Watched()
+    example = context.validation.all(1).inputs
+    candidates, unbuildable = describe_candidates(context.space, example, context.seed, watched)
+    sets = watched.sets(candidates)
+    specs = {candidate.label: candidate.spec for candidate in candidates}
+    forms: list[int] = []
+    most = 0
+    for item in sets:
+        proposals = _proposals(context, context.space.build(specs[item.tried], context.seed))
+        most = max(most, len(proposals))
+        timed = len(timed_proposals(proposals)) if proposals else 0
+        forms += [int(context.wants(Precision.FP32)) + timed] * len(item.members)
+    return _Members(len(candidates), len(sets), tuple(sorted(forms, reverse=True)), most, unbuildable)
+
+
+def _proposals(context: Context, module: torch.nn.Module | None) -> tuple[Proposal, ...]:
+    """How a network is quantized here; none where the profile wants no int8 or the target cannot make it. Only in TFLite does it depend on the module."""
+    if not (context.wants(Precision.INT8) and context.target.capabilities.taps):
+        return ()
+    format = context.toolchain.format
+    structure = Structure()
+    if format is Format.TFLITE and module is not None:
+        structure = module_structure(module, context.validation.all(1).inputs)
+    try:
+        return int8_proposals_for(format, structure, context.target.capabilities)
+    except UnsupportedModel:
+        return ()  # the run goes on in float, and its ledger says why
 
 
 def _epochs(count: int) -> str:

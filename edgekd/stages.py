@@ -37,11 +37,11 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("baseline", 2, (), "export and measure the teacher; does quantizing alone do?"),
-    Stage("search", 2, (), "choose students that fit the budget as measured; rank them by short trainings"),
+    Stage("baseline", 3, (), "export and measure the teacher; does quantizing alone do?"),
+    Stage("search", 3, (), "choose students that fit the budget as measured; rank them by short trainings"),
     Stage("distil", 1, ("search",), "train the student from the teacher"),
     Stage("convert", 2, ("distil",), "export the student and compare it with its source"),
-    Stage("quantize", 2, ("convert",), "make int8 where it is faster and accurate enough"),
+    Stage("quantize", 3, ("convert",), "make int8 where it is faster and accurate enough"),
     Stage("validate", 1, ("baseline", "quantize"), "verdict-grade latency and accuracy of the artifact, on the device"),
     Stage("bundle", 3, ("validate",), "artifact, manifest, ledger and evaluation data"),
 )

@@ -12,7 +12,7 @@ import msgspec
 from edgekd import registry
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Runtime, Target, Transport
-from edgekd.errors import ConfigError, ProfileError, near_names
+from edgekd.errors import ConfigError, ProfileError, UnsupportedModel, near_names
 from edgekd.records import Capabilities, Fingerprint, Profile, SupportReport
 from edgekd.settings.profile_file import Overrides, load_profile, override_profile
 
@@ -115,6 +115,19 @@ class LiveTarget:
                     hint="change `identity`",
                     subject=self.name,
                 )
+
+
+def require_support(target: Target, model: StoredArtifact, subject: object) -> SupportReport:
+    """What the target says of a file that it runs; `subject` is what the error is about.
+
+    Raises:
+        UnsupportedModel: names what the target lacks, each with the reason.
+    """
+    report = target.runtime.supports(model)
+    if not report.supported:
+        missing = "; ".join(f"{name}: {why}" for name, why in report.missing.items())
+        raise UnsupportedModel("the target cannot run the model", found=missing, subject=subject)
+    return report
 
 
 def hardware_text(profile: Profile, target: Target | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.contracts import Tensors
 from edgekd.identity.code_text import is_library
 from edgekd.operators.hop import Hop, Trouble, flat_call
-from edgekd.operators.replacements import replacement_for
+from edgekd.operators.replacements import TYPES, replacement_for
 from edgekd.operators.report import Culprit
 from edgekd.operators.sets import OperatorWatch, describe_call, dispatch_watch, module_kind, operator_name
 
@@ -117,6 +117,7 @@ class _Search:
         new = list(dict.fromkeys(operator_name(token) for token in tokens if token not in self.passed))
         if not trouble.operator and _LEAVES in new and trouble.step == "convert":
             new = [_LEAVES]
+        types = [name for name in TYPES if any(f"{name}[" in token for token in tokens if token not in self.passed)]
         suspects = [trouble.operator] if trouble.operator else new
         shown = ", ".join(suspects[:_NAMED]) + (f" and {len(suspects) - _NAMED} more" if len(suspects) > _NAMED else "")
         line = next((place for name, place in lines.items() if len(suspects) == 1 and _same(name, suspects[0])), "")
@@ -127,7 +128,7 @@ class _Search:
             step=trouble.step,
             operator=shown,
             reason=trouble.reason,
-            replacement=replacement_for([trouble.operator, *new], module_kind(layer), self.hop.toolchain.name),
+            replacement=replacement_for([trouble.operator, *types, *new], module_kind(layer), self.hop.toolchain.name),
         )
 
     def owner(self, path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from edgekd.tree import flatten_outputs, to_numpy
 if TYPE_CHECKING:
     import torch
 
+_CODE_LINE = re.compile(r".+\.py:\d+")
 _UNTOLD = ("format", "session", "model")
 """What a runtime answers where it blames no operator."""
 
@@ -117,12 +119,13 @@ def _compared(model: StoredArtifact) -> Compare:
 def refusal(error: Rejected, module: torch.nn.Module) -> Trouble:
     """A converter's refusal, with the operator that it blames, if any; one that knows none gives the module's class, or a line of code."""
     told = error.subject if isinstance(error.subject, str) else ""
-    return Trouble("convert", "" if told == type(module).__name__ or " " in told else told, str(error.found or error.what))
+    untold = told == type(module).__name__ or " " in told or _CODE_LINE.fullmatch(told) is not None
+    return Trouble("convert", "" if untold else told, str(error.found or error.what))
 
 
 def flat_call(layer: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Array]]:
     """A call of an inner module as a network of its own: it takes the tensors of the call that the module reads, each with a leading axis of 1,
-    and gives all tensors of its result. The inputs are empty where the module reads none."""
+    and gives all tensors of its result. The inputs are empty where the module reads none. What is in bfloat16 passes its borders in float32."""
     import torch
     from torch.utils import _pytree
 
@@ -146,12 +149,13 @@ def flat_call(layer: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any
     def forward(self: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         whole = list(leaves)
         for at, tensor in zip(taken, tensors, strict=True):
-            whole[at] = tensor.squeeze(0) if at in bare else tensor
+            whole[at] = (tensor.squeeze(0) if at in bare else tensor).to(leaves[at].dtype)
         given, named = _pytree.tree_unflatten(whole, structure)
         made = [leaf for leaf in _pytree.tree_leaves(self.get_submodule("part")(*given, **named)) if isinstance(leaf, torch.Tensor) and leaf.numel()]
+        made = [leaf.float() if leaf.dtype is torch.bfloat16 else leaf for leaf in made]
         return tuple(leaf.unsqueeze(0) if add else leaf for leaf, add in zip(made, opened, strict=True))
 
     alone: torch.nn.Module = type(type(layer).__name__, (torch.nn.Module,), {"forward": forward})()
     alone.add_module("part", layer)
-    inputs = {f"input_{at}": (leaves[at].unsqueeze(0) if at in bare else leaves[at]).cpu().numpy() for at in taken}
+    inputs = {f"input_{at}": to_numpy(leaves[at].unsqueeze(0) if at in bare else leaves[at]) for at in taken}
     return alone.eval(), inputs

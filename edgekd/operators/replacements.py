@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 
 class Replacement(NamedTuple):
-    """One piece of advice: for what (`operators` by name without overload, `kinds` of modules by the start of their name with all `settings`), in
-    which formats it is needed, and what to write instead."""
+    """One piece of advice: for what (`operators` by name without overload, `kinds` of modules by the start of their name with all `settings`; both
+    where both are given), in which formats it is needed, and what to write instead. A type of `TYPES` stands among the operators."""
 
     name: str
     formats: tuple[str, ...]
@@ -20,7 +20,24 @@ class Replacement(NamedTuple):
 
 _ONNX, _TFLITE, _BOTH = ("onnx",), ("tflite",), ("onnx", "tflite")
 
+TYPES = ("bfloat16",)
+"""Types of numbers that a row may be for, whatever the operators that compute in them."""
+
 REPLACEMENTS: tuple[Replacement, ...] = (
+    Replacement(
+        "packed sequences",
+        _BOTH,
+        "without pack_padded_sequence, in one direction: y, _ = lstm(padded), then y * (torch.arange(steps) < lengths[:, None]).unsqueeze(-1); "
+        "for the last state (y * (torch.arange(steps) == lengths[:, None] - 1).unsqueeze(-1)).sum(1)",
+        operators=("aten._local_scalar_dense",),
+        kinds=("torch.nn.LSTM", "torch.nn.GRU", "torch.nn.RNN"),
+    ),
+    Replacement(
+        "bfloat16",
+        _BOTH,
+        "net.float(), and no torch.autocast or .bfloat16() inside forward: train under autocast outside of it",
+        operators=("bfloat16",),
+    ),
     Replacement(
         "control flow on values",
         _BOTH,
@@ -79,6 +96,19 @@ REPLACEMENTS: tuple[Replacement, ...] = (
         'F.interpolate(..., mode="bilinear") without antialias=True, behind F.avg_pool2d where the image shrinks',
         operators=("aten._upsample_bilinear2d_aa",),
     ),
+    Replacement(
+        "sort",
+        _TFLITE,
+        "x.gather(dim, x.topk(x.shape[dim], dim, largest=False).indices) for rising values; the indices alone instead of argsort",
+        operators=("aten.sort", "aten.argsort"),
+    ),
+    Replacement(
+        "largest values",
+        _TFLITE,
+        "x.gather(dim, x.topk(k, dim).indices) instead of x.topk(k, dim).values; x.amax(dim) for one",
+        operators=("aten.topk",),
+    ),
+    Replacement("stable sort", _ONNX, "x.sort(dim) without stable=True", operators=("aten.sort",)),
     Replacement("embedding bag", _TFLITE, "nn.Embedding(...)(x).mean(1), or .sum(1)", operators=("aten._embedding_bag",)),
 )
 """In order: the first row that fits is taken."""
@@ -95,9 +125,9 @@ def replacement_for(operators: Iterable[str], kind: str, format: str) -> str:
     for row in REPLACEMENTS:
         if format not in row.formats:
             continue
-        if name in row.kinds and set(row.settings) <= settings:
-            return row.advice
-        if names & {_plain(operator) for operator in row.operators}:
+        kind_fits = name in row.kinds and set(row.settings) <= settings
+        operator_fits = bool(names & {_plain(operator) for operator in row.operators})
+        if (kind_fits or not row.kinds) and (operator_fits or not row.operators):
             return row.advice
     return ""
 

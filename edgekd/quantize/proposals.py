@@ -127,12 +127,16 @@ def propose(artifact: StoredArtifact, capabilities: Capabilities, structure: Str
 
     Every int8 scheme that the target has for the file's format is in it once at least, so that the table can order them and exclude none.
     """
-    found = structure_of(artifact) if structure is None else structure
-    allowed = _schemes(artifact, capabilities)
+    return propose_for(artifact.record.format, structure_of(artifact) if structure is None else structure, capabilities)
+
+
+def propose_for(format: Format, found: Structure, capabilities: Capabilities) -> tuple[Proposal, ...]:
+    """`propose` for a network of this structure in a file of this format, whether or not the file exists yet."""
+    allowed = _schemes(format, capabilities)
     accelerator = TENSORRT if "s8s8_tensorrt" in allowed else capabilities.delegate
     made: list[Proposal] = []
     for row in PROPOSALS:
-        fits = row.format is artifact.record.format and row.accelerator == accelerator and (not row.kinds or found.kind in row.kinds)
+        fits = row.format is format and row.accelerator == accelerator and (not row.kinds or found.kind in row.kinds)
         rules = tuple(sorted((kind, wish) for kind, wish in row.op_rules.items() if kind in found.ops and wish in allowed))
         if fits and row.scheme in allowed and (rules or not row.op_rules):
             made.append(Proposal(row.scheme, row.reason, row.evidence, rules))
@@ -141,9 +145,8 @@ def propose(artifact: StoredArtifact, capabilities: Capabilities, structure: Str
     return tuple(made)
 
 
-def _schemes(artifact: StoredArtifact, capabilities: Capabilities) -> tuple[str, ...]:
-    """The target's schemes for this file in its order; fp16 too where the target computes in it and the file's quantizer has it as a scheme."""
-    format = artifact.record.format
+def _schemes(format: Format, capabilities: Capabilities) -> tuple[str, ...]:
+    """The target's schemes for such files in its order; fp16 too where the target computes in it and the quantizer of the format has it as a scheme."""
     fitting = tuple(name for name in capabilities.schemes if name in SCHEMES and SCHEMES[name].format == format.value)
     int8 = fitting if Precision.INT8 in capabilities.precisions else ()
     half = (FP16,) if Precision.FP16 in capabilities.precisions and format is Format.TFLITE else ()
@@ -156,12 +159,21 @@ def int8_proposals(artifact: StoredArtifact, capabilities: Capabilities, structu
     Raises:
         UnsupportedModel: the target has no int8 scheme for its files.
     """
+    return int8_proposals_for(artifact.record.format, structure_of(artifact) if structure is None else structure, capabilities)
+
+
+def int8_proposals_for(format: Format, structure: Structure, capabilities: Capabilities) -> tuple[Proposal, ...]:
+    """`int8_proposals` for a network of this structure in a file of this format, whether or not the file exists yet.
+
+    Raises:
+        UnsupportedModel: the target has no int8 scheme for its files.
+    """
     candidate_schemes(capabilities)
-    found = tuple(proposal for proposal in propose(artifact, capabilities, structure) if proposal.precision is Precision.INT8)
+    found = tuple(proposal for proposal in propose_for(format, structure, capabilities) if proposal.precision is Precision.INT8)
     if not found:
         raise UnsupportedModel(
             "the target computes no int8 of this file",
-            found=f"a file of {artifact.record.format.value}; schemes {', '.join(capabilities.schemes)}",
+            found=f"a file of {format.value}; schemes {', '.join(capabilities.schemes)}",
             allowed=", ".join(precision.value for precision in capabilities.precisions),
             hint="deploy in float",
         )

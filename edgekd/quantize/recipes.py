@@ -50,16 +50,6 @@ def candidate_schemes(capabilities: Capabilities) -> tuple[str, ...]:
     return known
 
 
-def timed_schemes(capabilities: Capabilities) -> tuple[str, ...]:
-    """The schemes that a candidate is timed in at least: the preferred one, and those of which only the network decides whether they are faster.
-
-    Raises:
-        UnsupportedModel: the target names none.
-    """
-    first, *others = candidate_schemes(capabilities)
-    return (first, *(scheme for scheme in others if SCHEMES[scheme].by_network))
-
-
 def make_recipe(
     scheme: str, method: str, calibration: CalibrationSet, float_ops: tuple[str, ...] = (), op_rules: Mapping[str, str] | None = None
 ) -> QuantRecipe:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import CalibrationSet, Converter, Target, Task, Tensors
 from edgekd.conversion.toolchain import toolchain_of
-from edgekd.errors import ConversionRejected, UnsupportedModel
+from edgekd.errors import ConversionRejected, Rejected, UnsupportedModel
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import METHODS, Stability
 from edgekd.quantize.proposals import Proposal, int8_proposals, proposed_text
@@ -21,6 +21,7 @@ from edgekd.quantize.sensitivity import TimeMs, measure_sensitivity
 from edgekd.quantize.structure import structure_of
 from edgekd.quantize.workshop import Made, Workshop
 from edgekd.records import QuantRecipe
+from edgekd.target import require_support
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Tried:
     """One thing that was tried; `scheme` is the label of its proposal.
 
     `accuracy` is the task's mean score on validation from the target's outputs, `drop` what it lost;
-    `latency_ms` is screen grade, and stands only where it was measured for this row."""
+    `latency_ms` is screen grade, and stands only where it was measured for this row. `refused`: the quantizer or the target does not take it."""
 
     scheme: str
     method: str
@@ -37,6 +38,7 @@ class Tried:
     drop: float | None
     latency_ms: float | None
     reason: str
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,15 @@ def quantize(
     """The source in int8, judged by the target's outputs on the validation inputs against `reference_scores` (one per item).
 
     Every scheme of the target, and every mixture that `proposals` has for such a network, is timed once, next to the source, since a
-    calibration method does not change speed. Proposals say what is made first; the latencies decide what is tried first. From the fastest scheme
+    calibration method does not change speed. One that the quantizer refuses, or whose file the target does not run, is left out with the
+    reason. Proposals say what is made first; the latencies decide what is tried first. From the fastest scheme
     on, calibration methods are compared on accuracy; the first scheme that stays within `allowed_drop` is taken. Schemes that are not
     faster than the source come only after those that are, and not at all if one is. If none is within the allowance, operators of the
     fastest return to float in the order of gain per millisecond (`sensitivity`) until it is, at most `options.max_float_ops`; those
     that prove superfluous go back to int8.
 
     Raises:
-        UnsupportedModel: the target has no int8 scheme, or cannot give the tensors inside a model.
+        UnsupportedModel: the target has no int8 scheme, runs none of these files, or cannot give the tensors inside a model.
         ConversionRejected: the model cannot be quantized.
         DataError: calibration or activations are not finite.
     """
@@ -107,7 +110,7 @@ def quantize(
         options=options,
         folder=folder,
     )
-    run = _Run(workshop, validation_inputs, validation_targets, task, reference_scores, options, allowed_drop, time_ms, seed)
+    run = _Run(target, workshop, validation_inputs, validation_targets, task, reference_scores, options, allowed_drop, time_ms, seed)
     run.notes.append(proposed_text(structure, proposals))
     return run.result(source, proposals)
 
@@ -117,6 +120,7 @@ class _Run:
 
     def __init__(
         self,
+        target: Target,
         workshop: Workshop,
         inputs: Tensors,
         targets: Any,
@@ -127,6 +131,7 @@ class _Run:
         time_ms: TimeMs,
         seed: int,
     ) -> None:
+        self.target = target
         self.workshop, self.inputs, self.targets, self.task = workshop, inputs, targets, task
         self.reference = float(np.mean(reference_scores))
         self.options, self.allowed_drop, self.time_ms, self.seed = options, allowed_drop, time_ms, seed
@@ -183,15 +188,18 @@ class _Run:
         return QuantizeResult(chosen.artifact, chosen.recipe, self.scores(chosen), tuple(self.tried), tuple(self.notes), float_ms, latency_ms, stability, first)
 
     def plain(self, proposals: Sequence[Proposal], method: str) -> dict[str, Made]:
-        """The model by every proposal that the quantizer takes it in; the first refusal is raised where there is none."""
+        """The model by every proposal that the quantizer takes it in and the target runs; the first refusal is raised where there is none."""
         made: dict[str, Made] = {}
-        refused: list[ConversionRejected] = []
+        refused: list[Rejected] = []
         for proposal in proposals:
             try:
-                made[proposal.label] = self.workshop.make(proposal.scheme, method, op_rules=dict(proposal.op_rules))
-            except ConversionRejected as error:
+                one = self.workshop.make(proposal.scheme, method, op_rules=dict(proposal.op_rules))
+                require_support(self.target, one.artifact, proposal.label)
+            except (ConversionRejected, UnsupportedModel) as error:
                 refused.append(error)
-                self.notes.append(f"scheme {proposal.label} is refused: {error}")
+                self.tried.append(Tried(proposal.label, method, (), None, None, None, str(error), refused=True))
+            else:
+                made[proposal.label] = one
         if not made:
             raise refused[0]
         return made

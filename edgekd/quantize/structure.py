@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -68,7 +68,7 @@ _UNROLLED = 3
 
 
 @dataclass(frozen=True)
-class _Op:
+class Op:
     """One operator in the words of this module; `inputs` are computed tensors, `weights` constants."""
 
     role: str
@@ -104,10 +104,11 @@ def structure_of(artifact: StoredArtifact) -> Structure:
         raise ModelError("the structure of this format cannot be read", found=artifact.record.format.value, allowed="onnx, tflite")
     told = artifact.record.metadata.get("recurrent_steps", "0")
     unrolled = int(told) if told.isdigit() else 0
-    return _counted(ops, kinds, unrolled)
+    return counted(ops, kinds, unrolled)
 
 
-def _counted(ops: list[_Op], kinds: frozenset[str], unrolled: int) -> Structure:
+def counted(ops: Sequence[Op], kinds: frozenset[str], unrolled: int) -> Structure:
+    """The structure of a graph of these operators; `unrolled`: so many of its parts are known to be recurrent, though their steps are unrolled."""
     counts: dict[str, int] = {}
     readers: dict[str, int] = {}
     for op in ops:
@@ -121,21 +122,21 @@ def _counted(ops: list[_Op], kinds: frozenset[str], unrolled: int) -> Structure:
     return Structure(attentions=_attentions(ops), recurrent=recurrent, ops=kinds, **{name: counts.get(name, 0) for name in names})
 
 
-def _attentions(ops: list[_Op]) -> int:
+def _attentions(ops: Sequence[Op]) -> int:
     """Attention operators, and softmaxes whose input comes from a product of computed tensors and whose output goes to one."""
     makers = {name: op for op in ops for name in op.outputs}
-    readers: dict[str, list[_Op]] = {}
+    readers: dict[str, list[Op]] = {}
     for op in ops:
         for name in op.inputs:
             readers.setdefault(name, []).append(op)
 
-    def before(op: _Op) -> Iterable[_Op]:
+    def before(op: Op) -> Iterable[Op]:
         return (makers[name] for name in op.inputs if name in makers)
 
-    def behind(op: _Op) -> Iterable[_Op]:
+    def behind(op: Op) -> Iterable[Op]:
         return (reader for name in op.outputs for reader in readers.get(name, []))
 
-    def reaches(start: _Op, backwards: bool) -> bool:
+    def reaches(start: Op, backwards: bool) -> bool:
         waiting, seen = list(before(start) if backwards else behind(start)), set()
         while waiting:
             op = waiting.pop()
@@ -150,7 +151,7 @@ def _attentions(ops: list[_Op]) -> int:
     return sum(op.role == "attention" for op in ops) + sum(reaches(op, True) and reaches(op, False) for op in softmaxes)
 
 
-def _onnx_ops(artifact: StoredArtifact) -> tuple[list[_Op], frozenset[str]]:
+def _onnx_ops(artifact: StoredArtifact) -> tuple[list[Op], frozenset[str]]:
     from edgekd.models.onnx_file import load_model
 
     graph = load_model(artifact.entry).graph
@@ -164,7 +165,7 @@ def _onnx_ops(artifact: StoredArtifact) -> tuple[list[_Op], frozenset[str]]:
         weights = tuple(name for name in node.input if name in shapes)
         groups = next((item.i for item in node.attribute if item.name == "group"), 1)
         kernel = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
-        ops.append(_Op(_onnx_role(node.op_type, len(inputs), kernel, groups), inputs, tuple(node.output), weights))
+        ops.append(Op(_onnx_role(node.op_type, len(inputs), kernel, groups), inputs, tuple(node.output), weights))
     return ops, frozenset(node.op_type for node in graph.node)
 
 
@@ -179,7 +180,7 @@ def _onnx_role(kind: str, computed: int, kernel: tuple[int, ...], groups: int) -
     return roles.get(kind, "recurrent" if kind in _ONNX_RECURRENT else "between" if kind in _ONNX_BETWEEN else "other")
 
 
-def _tflite_ops(artifact: StoredArtifact) -> tuple[list[_Op], frozenset[str]]:
+def _tflite_ops(artifact: StoredArtifact) -> tuple[list[Op], frozenset[str]]:
     from edgekd.models.tflite_file import load_model, read_graph
 
     graph = read_graph(load_model(artifact.entry))
@@ -188,7 +189,7 @@ def _tflite_ops(artifact: StoredArtifact) -> tuple[list[_Op], frozenset[str]]:
         inputs = tuple(tensor.name for tensor in op.inputs if not tensor.constant)
         weights = tuple(tensor.name for tensor in op.inputs if tensor.constant)
         kernel = op.inputs[1].shape if len(op.inputs) > 1 else ()
-        ops.append(_Op(_tflite_role(op.kind, len(inputs), kernel), inputs, tuple(tensor.name for tensor in op.outputs), weights))
+        ops.append(Op(_tflite_role(op.kind, len(inputs), kernel), inputs, tuple(tensor.name for tensor in op.outputs), weights))
     return ops, frozenset(op.kind for op in graph.ops)
 
 

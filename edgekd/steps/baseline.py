@@ -14,7 +14,7 @@ from edgekd.measuring.measure import Screened, Subject, calibrate_limits
 from edgekd.records import Artifact, HopParity, LedgerRow, Limits, Point, Precision, QuantRecipe, Record
 from edgekd.steps.checks import check_splits, check_teacher
 from edgekd.steps.context import Context, checked_outputs, point, row, score
-from edgekd.steps.quantizing import to_int8
+from edgekd.steps.quantizing import recipe_facts, to_int8, tried_rows
 from edgekd.steps.standing import standing
 from edgekd.tasks import has_bounded_scores
 from edgekd.teachers import OnnxTeacher
@@ -170,6 +170,7 @@ def _quantized_teacher(
     except Rejected as error:
         rows.append(row(context, "baseline", "quantize the teacher alone", "skipped", str(error), before=score(screened, exported, None)))
         return None, False, None
+    rows.extend(tried_rows(context, "baseline", made.result, of="teacher"))
     seen = made.after
     kept = made.result.artifact.copy_to(folder / "teacher-int8")
     scores = np.asarray(made.result.scores)
@@ -193,6 +194,7 @@ def _quantized_teacher(
             reason if hop.passed else _diverges(hop, "it does not compete"),
             before=score(made.before, exported, teacher_scores),
             after=score(seen, kept, scores),
+            details=recipe_facts(made.result),
         )
     )
     return (kept, place.meets_budget, made.result.recipe) if hop.passed else (None, False, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgekd.artifact import StoredArtifact
-from edgekd.errors import ConversionRejected, Rejected
+from edgekd.errors import ConversionRejected, Rejected, UnsupportedModel
 from edgekd.measuring.measure import Screened
 from edgekd.operators.hop import Hop
 from edgekd.operators.preflight import SAMPLES, Watched, examine_sets
@@ -23,6 +23,7 @@ from edgekd.records import Artifact, Precision, Record, StudentSpec
 from edgekd.search import Candidate, Seen, describe_candidates
 from edgekd.steps.context import Context
 from edgekd.storage import folder_atomic
+from edgekd.target import require_support
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,17 @@ class _Answers(Record, tag="edgekd.search_answers/1", frozen=True, kw_only=True)
     labels: tuple[str, ...]
     seen: dict[str, Seen]
     float_only: dict[str, str] = {}
+    refused_forms: dict[str, dict[str, str]] = {}
+
+    @classmethod
+    def of(cls, labels: tuple[str, ...], seen: dict[str, Seen], bench: CandidateBench) -> _Answers:
+        """The answers for these labels, with what the bench learnt of them."""
+        return cls(
+            labels=labels,
+            seen=seen,
+            float_only={label: bench.float_only[label] for label in labels if label in bench.float_only},
+            refused_forms={label: bench.refused_forms[label] for label in labels if label in bench.refused_forms},
+        )
 
 
 def short_name(spec: StudentSpec) -> str:
@@ -58,6 +70,10 @@ class CandidateBench:
         self.unbuildable: dict[str, str] = {}
         self.float_only: dict[str, str] = {}
         """Candidates that compete in float alone, each with the reason why its int8 could not be made."""
+        self.refused_forms: dict[str, dict[str, str]] = {}
+        """Of candidates that are timed in int8: the forms that are left out, each with the reason."""
+        self._refusals: dict[tuple[str, str], UnsupportedModel | None] = {}
+        self._sets: dict[str, str] = {}
         self._calls = 0
         self._measured: set[str] = set()
         self._watched = Watched()
@@ -71,6 +87,7 @@ class CandidateBench:
     def preflight(self, candidates: Sequence[Candidate]) -> PreflightReport:
         """Which operator sets of these candidates the target runs: one real conversion for each, kept for the measurements; a resumed search has the answer."""
         sets = self._watched.sets(candidates)
+        self._sets = {label: item.key for item in sets for label in item.members}
         path = self.scratch / "preflight.json"
         if path.is_file():
             report = PreflightReport.load(path)
@@ -98,10 +115,11 @@ class CandidateBench:
             if answers.labels == labels:
                 self._measured.update(labels)
                 self.float_only |= answers.float_only
+                self.refused_forms |= answers.refused_forms
                 return answers.seen
         seen = self._measure(batch)
         self._measured.update(labels)
-        _Answers(labels=labels, seen=seen, float_only={label: self.float_only[label] for label in labels if label in self.float_only}).save(path)
+        _Answers.of(labels, seen, self).save(path)
         return seen
 
     def _measure(self, batch: Sequence[Candidate]) -> dict[str, Seen]:
@@ -128,13 +146,17 @@ class CandidateBench:
         return seen
 
     def _artifacts(self, spec: StudentSpec) -> dict[str, StoredArtifact]:
-        """What a candidate is timed as: `fp32`, `int8` as it is proposed first, and `int8` with the proposal's label for the others."""
-        name = short_name(spec)
+        """What a candidate is timed as: `fp32`, `int8` as it is proposed first, and `int8` with the proposal's label for the others.
+
+        Raises:
+            Rejected: the candidate cannot be converted, its file holds too many transpositions, or it cannot be made int8 where nothing else is wanted.
+        """
         model = self._float(spec, None)
+        self.context.hold_transposes(model, self.context.space.build(spec, self.context.seed))
         out = {Precision.FP32.value: model} if self.context.wants(Precision.FP32) else {}
         if self.context.wants(Precision.INT8) and spec.label() not in self.float_only:
             try:
-                out |= self._quantized(model, name)
+                out |= self._quantized(model, spec)
             except Rejected as error:
                 if not out:
                     raise
@@ -162,14 +184,14 @@ class CandidateBench:
                 _Made(artifact=make(place).record).save(place / "made.json")
         return StoredArtifact(_Made.load(final / "made.json").artifact, final)
 
-    def _quantized(self, source: StoredArtifact, name: str) -> dict[str, StoredArtifact]:
-        """The candidate in the target's int8 schemes that the quantizer takes it in.
+    def _quantized(self, source: StoredArtifact, spec: StudentSpec) -> dict[str, StoredArtifact]:
+        """The candidate in the target's int8 schemes that the quantizer takes it in and the target runs; the others are named in `refused_forms`.
 
         Raises:
-            ConversionRejected: it is refused in all of them. UnsupportedModel: the target has none.
+            ConversionRejected, UnsupportedModel: it is refused in all of them, or the target has none.
         """
         made: dict[str, StoredArtifact] = {}
-        refused: list[ConversionRejected] = []
+        refused: dict[str, Rejected] = {}
         workshops: list[Workshop] = []
 
         def quantized(proposal: Proposal, place: Path) -> StoredArtifact:
@@ -181,12 +203,34 @@ class CandidateBench:
             for position, proposal in enumerate(timed_proposals(int8_proposals(source, self.context.target.capabilities))):
                 form = f"{Precision.INT8.value} {proposal.label}" if position else Precision.INT8.value
                 try:
-                    made[form] = self._kept(f"{name}-{form.replace(' ', '-')}", partial(quantized, proposal))
-                except ConversionRejected as error:
-                    refused.append(error)
+                    model = self._kept(f"{short_name(spec)}-{form.replace(' ', '-')}", partial(quantized, proposal))
+                    self._require_support(spec, proposal.label, model)
+                except (ConversionRejected, UnsupportedModel) as error:
+                    refused[proposal.label] = error
+                else:
+                    made[form] = model
         if not made:
-            raise refused[0]
+            raise next(iter(refused.values()))
+        if refused:
+            self.refused_forms[spec.label()] = {form: str(error) for form, error in refused.items()}
         return made
+
+    def _require_support(self, spec: StudentSpec, form: str, model: StoredArtifact) -> None:
+        """Ask the target whether it runs an int8 form; the answer serves all candidates of the operator set.
+
+        Raises:
+            UnsupportedModel: it does not.
+        """
+        key = (self._sets.get(spec.label(), spec.label()), form)
+        if key not in self._refusals:
+            try:
+                require_support(self.context.target, model, form)
+                self._refusals[key] = None
+            except UnsupportedModel as error:
+                self._refusals[key] = error
+        refusal = self._refusals[key]
+        if refusal is not None:
+            raise refusal
 
     def _workshop(self, source: StoredArtifact, folder: Path) -> Workshop:
         toolchain = self.context.toolchain

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Callback, ConvertRequest, StudentSpace, Target, Task, Teacher, Tensors
+from edgekd.conversion.bounds import asked_bound, module_bound, require_bound
 from edgekd.conversion.processing import checked_processing, described, file_notes, require_range
 from edgekd.conversion.toolchain import Toolchain, toolchain_of
 from edgekd.data import Split
@@ -25,9 +26,12 @@ from edgekd.operators.hop import spec_of
 from edgekd.options import Options
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
 from edgekd.parity.graph import depth_told, output_ranges
-from edgekd.records import Budget, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score
+from edgekd.records import Budget, Format, HopParity, IOSpec, LedgerRow, Limits, Point, Precision, Score
 from edgekd.stages import StageStore
 from edgekd.terms import own_code
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -102,6 +106,23 @@ class Context:
         """A torch module as a float artifact in the target's format, with batch 1."""
         request = ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs, notes=self.file_notes())
         return self.toolchain.converter("exporter").convert(request)
+
+    def hold_transposes(self, model: StoredArtifact, module: torch.nn.Module | None) -> None:
+        """Refuse a float file with more transpositions than the options allow or, without a number there, a TFLite file with more than its module asks for.
+
+        `module` is what the file was made from; nothing for a file that was taken as it is.
+
+        Raises:
+            ConversionRejected: names the count, the operators and what removes them.
+        """
+        asked = self.options.convert.max_transposes
+        if asked is not None:
+            bound = asked_bound(asked)
+        elif module is not None and self.toolchain.format is Format.TFLITE:
+            bound = module_bound(module, self.validation.all(1).inputs, self.iospec())
+        else:
+            return
+        require_bound(model, bound, self.toolchain.exporter)
 
     def take_onnx(self, path: Path, folder: Path) -> StoredArtifact:
         """A user's ONNX file as an artifact with the notes of this run, with batch 1."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgekd.artifact import StoredArtifact
-from edgekd.conversion.bounds import asked_bound, module_bound, require_bound
 from edgekd.errors import ParityRejected
 from edgekd.parity.blame import blame
-from edgekd.records import Artifact, Format, HopParity, LedgerRow, Precision, Record, StudentSpec
+from edgekd.records import Artifact, HopParity, LedgerRow, Precision, Record, StudentSpec
 from edgekd.steps.context import Context, row
 
 
@@ -34,7 +33,7 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
     if spec.kind == "fixed-onnx":
         source = getattr(context.space, "onnx")  # noqa: B009 - only the space Fixed of a file has it
         model = context.take_onnx(source, place)
-        bound = None
+        context.hold_transposes(model, None)
         from edgekd.teachers import OnnxTeacher
 
         run, hop = OnnxTeacher(source).outputs, "file -> onnx"
@@ -46,12 +45,8 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
         load_weights(module, weights)
         module.eval()
         model = context.export(module, place)
-        bound = module_bound(module, inputs, context.iospec()) if context.toolchain.format is Format.TFLITE else None
+        context.hold_transposes(model, module)
         run, hop = TorchTeacher(module).outputs, context.toolchain.export_hop
-    if context.options.convert.max_transposes is not None:
-        bound = asked_bound(context.options.convert.max_transposes)
-    if bound is not None:
-        require_bound(model, bound, context.toolchain.exporter)
     reference = run(inputs)
     device = context.device_outputs(model, inputs)
     parity = context.hop(hop, reference, device, Precision.FP32)

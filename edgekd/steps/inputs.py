@@ -61,6 +61,7 @@ def search_inputs(context: Context, facts: dict[str, Any], baseline: BaselineOut
         "space": context.space.source_hash(),
         "networks": built_hash(context.space, context.seed),
         "options": msgspec.structs.replace(options.search, attempts=1),
+        "max_transposes": options.convert.max_transposes,
         "training": msgspec.structs.replace(options.train, threads=0, checkpoint_every_s=0.0),
     }
 

@@ -10,11 +10,10 @@ from edgekd.artifact import StoredArtifact
 from edgekd.errors import Rejected
 from edgekd.measuring.measure import Screened
 from edgekd.objective import prefer
-from edgekd.quantize.run import QuantizeResult
 from edgekd.records import Artifact, HopParity, LedgerRow, Point, Precision, QuantRecipe, Record
 from edgekd.steps.baseline import BaselineOut
 from edgekd.steps.context import Context, point, row, score
-from edgekd.steps.quantizing import to_int8
+from edgekd.steps.quantizing import recipe_facts, to_int8, tried_rows
 from edgekd.steps.standing import standing
 
 
@@ -69,7 +68,7 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
             raise
         return stay("rolled back", str(error))
     result, seen = made.result, made.after
-    tried = tuple(_tried_rows(context, result))
+    tried = tuple(tried_rows(context, "quantize", result))
     int8_scores = np.asarray(result.scores)
     after = standing(result.artifact, seen, int8_scores, teacher_scores, context.budget, baseline.limit_ms)
     int8_point = point(seen, precision=Precision.INT8, role="student", accuracy=float(int8_scores.mean()))
@@ -101,30 +100,7 @@ def run_quantize(context: Context, folder: Path, scratch: Path, baseline: Baseli
                 reason,
                 before=score(made.before, source, scores),
                 after=score(seen, kept, int8_scores),
-                details={
-                    "scheme": result.recipe.scheme,
-                    "proposed": result.proposed,
-                    "calibration": result.recipe.calibration.method,
-                    "calibration_size": result.recipe.calibration.size,
-                    "calibration_split": result.recipe.calibration.split,
-                },
+                details=recipe_facts(result),
             ),
         ),
     )
-
-
-def _tried_rows(context: Context, result: QuantizeResult) -> list[LedgerRow]:
-    """What was proposed, tried and measured, and how stable the calibration is, as ledger rows."""
-    rows = []
-    for tried in result.tried:
-        found = {"accuracy": tried.accuracy, "latency_ms": tried.latency_ms}
-        known = {name: value for name, value in found.items() if value is not None}
-        rows.append(row(context, "quantize", f"{tried.scheme} {tried.method}", "noted", tried.reason, details=known))
-    rows.extend(row(context, "quantize", "note", "noted", text) for text in result.notes)
-    stability = result.stability
-    if stability is not None:
-        details = {"worst_half_width": stability.worst, "subsets": stability.subsets, "samples": stability.samples, "stable": stability.stable}
-        rows.append(row(context, "quantize", "calibration stability", "noted", stability.text(), details=details))
-        if not stability.stable:
-            context.note("quantize", stability.text())
-    return rows

@@ -1,4 +1,4 @@
-"""One artifact to int8 for one run: the calibration set, the call, and what it is compared with."""
+"""One artifact to int8 for one run: the calibration set, the call, what it is compared with, and the ledger rows about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from edgekd.measuring.measure import Screened
 from edgekd.options import QuantizeOptions
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.quantize.run import QuantizeResult, quantize
-from edgekd.steps.context import Context
+from edgekd.records import LedgerRow
+from edgekd.steps.context import Context, row
 
 
 def choose_calibration(context: Context, size: int) -> CalibrationSet:
@@ -92,3 +93,33 @@ def to_int8(
     else:
         before, after = context.screen({label: source, f"{label} int8": result.artifact}).values()
     return Int8(result, before, after)
+
+
+def tried_rows(context: Context, stage: str, result: QuantizeResult, *, of: str = "") -> list[LedgerRow]:
+    """What was proposed, refused, tried and measured, and how stable the calibration is, as ledger rows; `of` names the network in their steps."""
+    named = f"{of} " if of else ""
+    rows = []
+    for tried in result.tried:
+        found = {"accuracy": tried.accuracy, "latency_ms": tried.latency_ms}
+        known = {name: value for name, value in found.items() if value is not None}
+        rows.append(row(context, stage, f"{named}{tried.scheme} {tried.method}", "rolled back" if tried.refused else "noted", tried.reason, details=known))
+    rows.extend(row(context, stage, f"{named}note", "noted", text) for text in result.notes)
+    stability = result.stability
+    if stability is not None:
+        details = {"worst_half_width": stability.worst, "subsets": stability.subsets, "samples": stability.samples, "stable": stability.stable}
+        rows.append(row(context, stage, f"{named}calibration stability", "noted", stability.text(), details=details))
+        if not stability.stable:
+            context.note(stage, f"{named}{stability.text()}")
+    return rows
+
+
+def recipe_facts(result: QuantizeResult) -> dict[str, float | int | str | bool]:
+    """The recipe of an int8 artifact, for its ledger row."""
+    recipe = result.recipe
+    return {
+        "scheme": recipe.scheme,
+        "proposed": result.proposed,
+        "calibration": recipe.calibration.method,
+        "calibration_size": recipe.calibration.size,
+        "calibration_split": recipe.calibration.split,
+    }

@@ -91,6 +91,8 @@ def run_search(context: Context, scratch: Path, baseline: BaselineOut) -> Search
     if isinstance(context.space, Family) and (note := context.space.note(context.seed)):
         rows.append(row(context, "search", "space", "noted", note))
     rows.extend(row(context, "search", label, "noted", reason) for label, reason in sorted(bench.float_only.items()))
+    forms = [(f"{label} {form}", reason) for label, found in sorted(bench.refused_forms.items()) for form, reason in found.items()]
+    rows.extend(row(context, "search", name, "rolled back", reason) for name, reason in forms)
     rows.extend(row(context, "search", label, "rolled back", reason) for label, reason in sorted(rejected.items()))
     context.note("search", outcome.summary())
     if outcome.certificate is not None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import ConvertRequest
-from edgekd.records import Capabilities, Format, IOSpec, Precision, TensorSpec
+from edgekd.records import Capabilities, Format, IOSpec, Precision, SupportReport, TensorSpec
 from edgekd.registry import load
 
 torch.set_num_threads(1)
@@ -194,6 +194,10 @@ class HostRuntime:
         """Outputs and tapped tensors of all samples."""
         self.calls += 1
         return exact_infer(model, inputs, taps)
+
+    def supports(self, model: StoredArtifact) -> SupportReport:
+        """Every file is run."""
+        return SupportReport(supported=True)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from edgekd.errors import ModelError, UnsupportedModel
 from edgekd.options import QuantizeOptions
 from edgekd.quantize import PROPOSALS, SCHEMES, propose, quantize
 from edgekd.quantize.calibrate import calibration_set
+from edgekd.quantize.module_structure import module_structure
 from edgekd.quantize.proposals import int8_proposals, proposed_text, timed_proposals
 from edgekd.quantize.structure import Kind, Structure, structure_of
 from edgekd.records import Artifact, Capabilities, Format, IOSpec, Precision, TensorSpec
@@ -155,9 +156,13 @@ class Gate(nn.Module):
         (Gate, sequences(1), Kind.DENSE),
     ],
 )
-def test_the_structure_is_read_from_real_onnx_files(module: type[nn.Module], inputs: dict[str, Array], kind: Kind, tmp_path: Path) -> None:
+def test_the_structure_is_read_from_real_onnx_files_and_from_their_modules(
+    module: type[nn.Module], inputs: dict[str, Array], kind: Kind, tmp_path: Path
+) -> None:
     found = structure_of(to_onnx(module(), inputs, tmp_path))
     assert found.kind is kind, found.text()
+    before = module_structure(module(), inputs)
+    assert before.kind is kind, before.text()
 
 
 def test_formats_that_cannot_be_read_are_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from edgekd.conversion.toolchain import Toolchain, require_road, toolchain_of
 from edgekd.errors import ConfigError, UnsupportedModel
-from edgekd.quantize.recipes import candidate_schemes, timed_schemes
+from edgekd.quantize.recipes import candidate_schemes
 from edgekd.records import Capabilities, Format, Precision
 from edgekd.registry import table
 from edgekd.spaces import Fixed
@@ -47,11 +47,6 @@ def test_schemes_are_those_of_the_format() -> None:
     assert candidate_schemes(able(Format.TFLITE)) == ("static_int8", "dynamic_int8")
     with pytest.raises(UnsupportedModel, match="static_int8"):
         candidate_schemes(able(Format.TFLITE, schemes=("u8s8",)))
-
-
-def test_a_candidate_is_timed_in_every_scheme_whose_speed_only_the_network_decides() -> None:
-    assert timed_schemes(able(Format.ONNX)) == ("u8s8",)
-    assert timed_schemes(able(Format.TFLITE)) == ("static_int8", "dynamic_int8")
 
 
 def test_an_onnx_file_is_refused_for_a_tflite_target_with_the_road_named(tmp_path: Path) -> None:

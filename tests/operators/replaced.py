@@ -61,6 +61,70 @@ class Projection(nn.Module):
         return y
 
 
+class Packed(nn.Module):
+    """A recurrent layer over steps of which only some count: the outputs of those, the others zero."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn = kind(8, 6, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = (x[:, :, 0].abs() > 0).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=x.shape[1])
+        return y
+
+
+class Padded(Packed):
+    """The same without packing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = (x[:, :, 0].abs() > 0).sum(1)
+        y: torch.Tensor = self.rnn(x)[0] * (torch.arange(x.shape[1]) < lengths[:, None]).unsqueeze(-1)
+        return y
+
+
+class PackedState(Packed):
+    """The state after the last step that counts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = (x[:, :, 0].abs() > 0).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        state: torch.Tensor = self.rnn(packed)[1][0]
+        return state
+
+
+class PaddedState(Packed):
+    """The same without packing."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lengths = (x[:, :, 0].abs() > 0).sum(1)
+        y: torch.Tensor = (self.rnn(x)[0] * (torch.arange(x.shape[1]) == lengths[:, None] - 1).unsqueeze(-1)).sum(1)
+        return y
+
+
+def linear(type: torch.dtype) -> nn.Module:
+    """A linear layer that computes in a type."""
+    torch.manual_seed(0)
+    return Own(lambda x, layer: layer(x.to(type)).float(), nn.Linear(8, 4).to(type))
+
+
+def autocast() -> nn.Module:
+    """A linear layer that computes in bfloat16 by itself, and something around it."""
+
+    def forward(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y: torch.Tensor = layer(x)
+        return y.float()
+
+    torch.manual_seed(0)
+    return Own(forward, nn.Linear(8, 4))
+
+
+PADDED = STEPS.copy()
+PADDED[0, 4:] = 0.0
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], np.ndarray[Any, Any], bool]] = {
     "control flow on values": (
         lambda: Own(lambda x: x * 2 if x.sum() > 0 else x * 3),
@@ -104,6 +168,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], np.ndar
         IMAGES,
         False,
     ),
+    "packed sequences": (lambda: Packed(nn.LSTM), lambda: Padded(nn.LSTM), PADDED, True),
+    "bfloat16": (lambda: linear(torch.bfloat16), lambda: linear(torch.float32), STEPS, False),
+    "sort": (lambda: Own(lambda x: x.sort(1).values), lambda: Own(lambda x: x.gather(1, x.topk(6, 1, largest=False).indices)), STEPS, True),
+    "largest values": (lambda: Own(lambda x: x.topk(3, 1).values), lambda: Own(lambda x: x.gather(1, x.topk(3, 1).indices)), STEPS, True),
+    "stable sort": (lambda: Own(lambda x: torch.sort(x, dim=1, stable=True).values), lambda: Own(lambda x: x.sort(1).values), STEPS, True),
     "embedding bag": (
         lambda: Own(lambda x, bag: bag(x), nn.EmbeddingBag(10, 4, mode="mean")),
         lambda: Own(lambda x, table: table(x).mean(1), nn.Embedding(10, 4)),
@@ -112,6 +181,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], np.ndar
     ),
 }
 """Row of the table to (refused, replaced, inputs, whether both compute the same)."""
+
+MORE: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], np.ndarray[Any, Any], str]] = {
+    "packed GRU": (lambda: Packed(nn.GRU), lambda: Padded(nn.GRU), PADDED, "packed sequences"),
+    "packed RNN": (lambda: PackedState(nn.RNN), lambda: PaddedState(nn.RNN), PADDED, "packed sequences"),
+    "autocast": (autocast, lambda: linear(torch.float32), STEPS, "bfloat16"),
+}
+"""Other networks that a row is for: (refused, replaced, inputs, row)."""
 
 
 def rows_for(format: str) -> list[Replacement]:
@@ -126,7 +202,11 @@ def local(name: str, folder: Path) -> LiveTarget:
 
 def check(row: Replacement, target: LiveTarget) -> None:
     """The original is refused with this advice, and what the advice says passes."""
-    refused, replaced, inputs, _ = CASES[row.name]
+    check_case(row, target, *CASES[row.name][:3])
+
+
+def check_case(row: Replacement, target: LiveTarget, refused: Callable[[], nn.Module], replaced: Callable[[], nn.Module], inputs: np.ndarray[Any, Any]) -> None:
+    """The same of one network."""
     torch.manual_seed(0)
     (item,) = edgekd.preflight(refused(), target=target, example=inputs).sets
     assert item.culprit is not None, "it is converted today: the row is not needed any more"

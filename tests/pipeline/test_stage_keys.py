@@ -105,6 +105,7 @@ CASES: Mapping[str, tuple[Options, tuple[str, ...]]] = {
     "threads": (options("train", threads=0, checkpoint_every_s=3.0), ()),
     "search": (options("search", measurements=5), tuple(name for name in ALL if name != "baseline")),
     "attempts": (options("search", attempts=1), ()),
+    "transposes": (options("convert", max_transposes=50), tuple(name for name in ALL if name != "baseline")),
     "quantize": (options("quantize", percentile=99.9), ("baseline", "quantize", "validate", "bundle")),
     "parity": (options("", parity_samples=16), ("baseline", "convert", "quantize", "validate", "bundle")),
     "extreme": (options("", allow_extreme=True), ("baseline", "validate", "bundle")),
