@@ -110,7 +110,11 @@ def _module(text: str, name: str, folder: Path) -> Any:
             ) from error
         beside = sorted(path.stem for path in folder.glob("*.py"))
         raise ConfigError(
-            f"the module {name!r} does not exist", found=text, allowed=f"{near_names(name, beside)} in {folder}, or an installed module", subject=text
+            f"the module {name!r} does not exist",
+            found=text,
+            allowed=f"{near_names(name, beside)} in {folder}, or an installed module",
+            hint="run from the folder that holds it (for a job: put it beside the file), or install it",
+            subject=text,
         ) from error
     except EdgekdError:
         raise
