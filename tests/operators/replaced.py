@@ -64,7 +64,7 @@ class Projection(nn.Module):
 class Packed(nn.Module):
     """A recurrent layer over steps of which only some count: the outputs of those, the others zero."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.rnn = kind(8, 6, batch_first=True)
