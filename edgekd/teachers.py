@@ -206,7 +206,7 @@ class OnnxTeacher(AnsweringTeacher):
             options.intra_op_num_threads = 1
             try:
                 self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-            except _ort_errors() as error:
+            except ort_errors() as error:
                 raise ModelError("the teacher's ONNX file cannot be run", found=first_line(error), hint="export it again", subject=self.path) from error
         return self._session
 
@@ -222,7 +222,7 @@ class OnnxTeacher(AnsweringTeacher):
             inputs,
             lambda part: dict(zip(names, session.run(None, part), strict=True)),
             batch=max(sizes, default=0),
-            refusals=(*_REFUSALS, *_ort_errors()),
+            refusals=(*_REFUSALS, *ort_errors()),
         )
         return found
 
@@ -230,7 +230,8 @@ class OnnxTeacher(AnsweringTeacher):
         return file_hash(self.path)
 
 
-def _ort_errors() -> tuple[type[Exception], ...]:
+def ort_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises."""
     from onnxruntime.capi import onnxruntime_pybind11_state as states
 
     return (
