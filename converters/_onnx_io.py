@@ -79,13 +79,6 @@ def plain_session(model: Any) -> Any:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def runtime_errors() -> tuple[type[Exception], ...]:
-    """Whatever ONNX Runtime raises on a model that it does not load or run."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as states
-
-    return tuple(item for item in vars(states).values() if isinstance(item, type) and issubclass(item, Exception))
-
-
 def host_infer(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:
     """Outputs and tapped tensors for all samples, `(samples, ...)`, by onnxruntime in this process, unoptimized, one thread, one by one."""
     onnx = require_onnx("running an ONNX model")

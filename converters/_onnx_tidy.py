@@ -16,9 +16,9 @@ from edgekd.models.onnx_file import count_ops, depth_of, iospec_of, name_nodes, 
 from edgekd.models.onnx_trim import trim
 from edgekd.parity.compare import compare_hop
 from edgekd.records import HopParity, IOSpec, Precision
-from edgekd.teachers import MODEL_ERRORS
+from edgekd.teachers import MODEL_ERRORS, ort_errors
 
-from ._onnx_io import last_message, plain_session, runtime_errors
+from ._onnx_io import last_message, plain_session
 
 
 class _NotRun(Exception):
@@ -108,7 +108,7 @@ def _run(model: Any, feeds: Tensors) -> dict[str, Array]:
     if importlib.util.find_spec("onnxruntime") is not None:
         try:
             found = plain_session(model).run(names, dict(feeds))
-        except runtime_errors() as error:
+        except ort_errors() as error:
             raise _NotRun(f"onnxruntime does not run the model ({last_message(error)})") from error
     else:
         require_onnx("running an ONNX model")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from typing import TYPE_CHECKING
 
 from edgekd.errors import ConversionRejected, ModelError
@@ -27,20 +26,6 @@ def copy_module(source: torch.nn.Module) -> torch.nn.Module:
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ConversionRejected("the module cannot be copied", found=last_message(error), hint="keep no tensors of a graph on the module") from error
     return module.eval().cpu().float()
-
-
-def weights_hash(module: torch.nn.Module) -> str:
-    """A SHA-256 over names, types, shapes and bytes of a module's weights and buffers: what says in the file which weights it was made from."""
-    import torch
-
-    found = hashlib.sha256()
-    for name, value in sorted(module.state_dict(keep_vars=False).items()):
-        if not hasattr(value, "detach"):  # an extra state of the user's own
-            continue
-        array = value.detach().cpu()
-        found.update(f"{name} {array.dtype} {tuple(array.shape)};".encode())
-        found.update(array.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def module_outputs(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:

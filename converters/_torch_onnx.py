@@ -11,14 +11,14 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConversionRejected, DataError, MissingDependency, ModelError
-from edgekd.models.notes import carried_notes
+from edgekd.models.notes import carried_notes, weights_hash
 from edgekd.models.onnx_artifact import store_onnx
 from edgekd.models.onnx_file import BATCH, iospec_of, precision_of, require_onnx
 from edgekd.records import IOSpec
 from edgekd.tree import flatten_outputs
 
 from ._onnx_io import last_message, versions
-from ._torch_io import copy_module, module_outputs, weights_hash
+from ._torch_io import copy_module, module_outputs
 
 if TYPE_CHECKING:
     import torch

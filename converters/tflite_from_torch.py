@@ -14,7 +14,7 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
 from edgekd.errors import ConfigError, ConversionRejected, DataError, MissingDependency, ModelError, near_names
-from edgekd.models.notes import carried_notes
+from edgekd.models.notes import carried_notes, weights_hash
 from edgekd.models.tflite_artifact import store_tflite
 from edgekd.models.tflite_file import parse_model, require_schema, unique
 from edgekd.records import IOSpec, Precision, TensorSpec
@@ -23,7 +23,7 @@ from edgekd.tree import flatten_outputs
 
 from ._litert import blame, quiet
 from ._onnx_io import Noise, versions
-from ._torch_io import copy_module, module_outputs, weights_hash
+from ._torch_io import copy_module, module_outputs
 
 if TYPE_CHECKING:
     import torch

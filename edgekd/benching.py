@@ -9,12 +9,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Target
 from edgekd.errors import InputError
 from edgekd.measuring.launching import new_nonce
 from edgekd.measuring.measure import Subject, calibrate_limits, measure_verdict, screen
 from edgekd.models.model_file import import_model
-from edgekd.models.notes import shown_notes
+from edgekd.models.notes import artifact_notes, shown_notes
 from edgekd.npy import load_inputs
 from edgekd.records import Capabilities, IOSpec, Measurement, OpTime, Precision
 from edgekd.stats import percentile_of
@@ -26,7 +27,7 @@ class BenchResult:
     """`summary` holds milliseconds: `p50`, `p90`, `p99` of all valid samples, `init` and `first` as medians over launches.
 
     `note` is what the runtime says of the model, for example which operators its delegate leaves out; `file_notes` is what stands in the file
-    beside its graph (`edgekd.models.notes.shown_notes`).
+    beside its graph, as its maker left it (`edgekd.models.notes.shown_notes`).
     """
 
     measurement: Measurement
@@ -103,7 +104,12 @@ def bench(
             measurement = screen(target, [subject], percentile=percentile, limits=limits, seed=seed, nonce=nonce)[subject.label].measurement
         op_times = target.runtime.op_times(artifact, subject.inputs) if target.capabilities.op_times else ()
         summary, precision = summarize(measurement, percentile), artifact.record.precision
-        return BenchResult(measurement, summary, op_times, iospec, target.capabilities, precision, support.note, shown_notes(artifact.entry))
+        return BenchResult(measurement, summary, op_times, iospec, target.capabilities, precision, support.note, _shown(Path(model), artifact))
+
+
+def _shown(model: Path, artifact: StoredArtifact) -> dict[str, str]:
+    """The notes of the caller's own file; the copy that is measured is noted anew."""
+    return artifact_notes(artifact) if model.is_dir() else shown_notes(model)
 
 
 def summarize(measurement: Measurement, percentile: float = 50.0) -> dict[str, float]:

@@ -227,7 +227,7 @@ class OnnxTeacher(AnsweringTeacher):
             options.intra_op_num_threads = 1
             try:
                 self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-            except _ort_errors() as error:
+            except ort_errors() as error:
                 raise ModelError("the teacher's ONNX file cannot be run", found=first_line(error), hint="export it again", subject=self.path) from error
         return self._session
 
@@ -243,7 +243,7 @@ class OnnxTeacher(AnsweringTeacher):
             inputs,
             lambda part: dict(zip(names, session.run(None, part), strict=True)),
             batch=max(sizes, default=0),
-            errors=(*MODEL_ERRORS, *_ort_errors()),
+            errors=(*MODEL_ERRORS, *ort_errors()),
         )
         return found
 
@@ -251,18 +251,11 @@ class OnnxTeacher(AnsweringTeacher):
         return file_hash(self.path)
 
 
-def _ort_errors() -> tuple[type[Exception], ...]:
+def ort_errors() -> tuple[type[Exception], ...]:
+    """Whatever ONNX Runtime raises on a model that it does not load or run."""
     from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-    return (
-        states.Fail,
-        states.InvalidArgument,
-        states.InvalidGraph,
-        states.InvalidProtobuf,
-        states.NoSuchFile,
-        states.NotImplemented,
-        states.RuntimeException,
-    )
+    return tuple(item for item in vars(states).values() if isinstance(item, type) and issubclass(item, Exception))
 
 
 class CallableTeacher(AnsweringTeacher):

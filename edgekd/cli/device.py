@@ -215,6 +215,7 @@ def bench(
             {
                 "summary_ms": result.summary,
                 "state": list(result.iospec.state_inputs),
+                "file_notes": result.file_notes,
                 "measurement": measurement,
                 "op_times": [item.to_builtins() for item in result.op_times],
             }

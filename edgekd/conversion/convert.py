@@ -16,11 +16,12 @@ from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Target, Tensors
 from edgekd.conversion.bounds import check_limit, require_bound
 from edgekd.conversion.editing import cut_spec, edited
-from edgekd.conversion.formats import FormatGraph, Route, load_graph
-from edgekd.conversion.inputs import CHANNEL_LAST, given_inputs, open_source, source_format
+from edgekd.conversion.formats import TORCH, FormatGraph, Route, load_graph
+from edgekd.conversion.inputs import CHANNEL_LAST, Source, given_inputs, open_source, source_format
 from edgekd.conversion.processing import checked_processing, described, file_notes, load_processing, processed, require_range
 from edgekd.conversion.running import Options, Run, Say
 from edgekd.errors import ConfigError, ParityRejected
+from edgekd.models.notes import DROPPED, weights_hash
 from edgekd.parity.compare import first_bad_hop, require_parity
 from edgekd.records import Artifact, HopParity, IOSpec, Precision, Processing, QuantRecipe, Record
 from edgekd.storage import copy_file, folder_atomic
@@ -156,7 +157,9 @@ def convert(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgekd-convert-")))
         channel_last = any(values.get(CHANNEL_LAST) is True for values in own.values())
         source = open_source(model, kind, scratch / "source", iospec, example if example is not None else calibration, channel_last=channel_last)
-        told = None if processing is None else load_processing(processing)
+        dropped = _dropped(source)
+        origin = {"source": weights_hash(source.module)} if kind == TORCH else {}  # of the caller's own, before anything is wrapped around it
+        told, built = None if processing is None else load_processing(processing), None
         if told is not None:
             told = checked_processing(told, cut_spec(source.iospec, outputs), (kind, to))
             source = replace(source, iospec=described(source.iospec, told, outputs=False))
@@ -164,7 +167,8 @@ def convert(
         source = edited(source, outputs, scratch / "edited", compared)
         if told is not None:
             require_range(compared, told, "example" if example is not None else "calibration")
-            source = processed(source, told, scratch / "processed")
+            built = processed(source, told, scratch / "processed", compared)
+            source = built.source
         wanted = source.precision if precision is None and to == kind and not via else Precision.FP32 if precision is None else precision
         graph = load_graph()
         passed_over: tuple[str, ...] = ()
@@ -191,7 +195,8 @@ def convert(
         run.inputs, run.inputs_text = compared, compared_text
         run.open_targets(stack, target, overrides)
         run.bound_transposes(max_transposes, named=bool(via))
-        run.processing, run.file_notes = told, {} if told is None else file_notes(told)
+        run.processing, run.file_notes = told, {**origin, **({} if told is None else file_notes(told))}
+        run.take_up(None if built is None else built.parity, (*dropped, *(() if built is None else built.notes)))
         if calibration is not None:
             run.calibrate(calibration, scheme, method)
         made = run.convert(scratch)
@@ -200,7 +205,7 @@ def convert(
         if not route.edges and run.bound is not None:
             require_bound(made, run.bound, "")
         if not allow_divergence:
-            _require(run.parity, route)
+            _require(run.parity, route, None if built is None else built.parity)
         stored = write_artifact(made, place)
     say(f"written: {place}")
     return Conversion(
@@ -210,10 +215,16 @@ def convert(
         formats=route.formats,
         parity=tuple(run.parity),
         inputs=run.inputs_text,
-        ran_on={name: one.name + (f" (simulated: {one.simulated})" if one.simulated else "") for name, one in run.targets.items()},
+        ran_on=run.ran_on | {name: one.name + (f" (simulated: {one.simulated})" if one.simulated else "") for name, one in run.targets.items()},
         notes=(*passed_over, *run.notes),
         recipe=run.recipe,
     )
+
+
+def _dropped(source: Source) -> tuple[str, ...]:
+    """What of the notes in the source's file was not used."""
+    dropped = "" if source.artifact is None else source.artifact.record.metadata.get(DROPPED, "")
+    return (f"a note in the file was not used: {dropped}",) if dropped else ()
 
 
 def _check_options(options: Options, route: Route) -> None:
@@ -222,16 +233,18 @@ def _check_options(options: Options, route: Route) -> None:
             raise ConfigError(f"options are given for a converter that the road does not take: {name!r}", allowed=", ".join(route.converters), subject=name)
 
 
-def _require(parity: Sequence[HopParity], route: Route) -> None:
-    """Refuse a hop that differs; the message says how to get the file nevertheless."""
+def _require(parity: Sequence[HopParity], route: Route, inside: HopParity | None) -> None:
+    """Refuse a hop that differs, `inside` that of the processing; the message says how to get the file nevertheless."""
     try:
         require_parity(parity)
     except ParityRejected as error:
+        bad = first_bad_hop(parity)
+        instead = 'leave the processing outside (where = "outside")' if bad is inside else "take another road with via"
         raise ParityRejected(
             error.what,
             found=f"{error.found}; the road was {route}",
-            hint="take another road with via, or write it nevertheless with allow_divergence (--allow-divergence)",
-            subject=first_bad_hop(parity),
+            hint=f"{instead}, or write it nevertheless with allow_divergence (--allow-divergence)",
+            subject=bad,
         ) from error
 
 

@@ -15,7 +15,7 @@ from edgekd.contracts import Array
 from edgekd.conversion.formats import TORCH
 from edgekd.conversion.inputs import Source
 from edgekd.errors import ConfigError
-from edgekd.models.notes import CARRIED
+from edgekd.models.notes import CARRIED, carried, still_true
 from edgekd.records import Format, IOSpec
 from edgekd.teachers import accepted, evaluating, tensors_of
 from edgekd.tree import flatten_outputs
@@ -154,8 +154,8 @@ def _onnx(source: Source, artifact: StoredArtifact, outputs: Sequence[str] | Non
         producers=record.producers,
         parent=record.content_hash(),
         recipe=record.recipe,
-        metadata={**_still_true(record.metadata), **found.metadata(), **_cut(before, [item.name for item in model.graph.output])},
-        notes={**{name: text for name, text in read_notes(model).items() if name in CARRIED}, **_carried(record.metadata)},
+        metadata={**still_true(record.metadata), **found.metadata(), **_cut(before, [item.name for item in model.graph.output])},
+        notes={**{name: text for name, text in read_notes(model).items() if name in CARRIED}, **carried(record.metadata)},
     )
     return replace(source, artifact=made, iospec=made.record.iospec)
 
@@ -180,7 +180,7 @@ def _tflite(source: Source, artifact: StoredArtifact, outputs: Sequence[str], fo
         parent=record.content_hash(),
         recipe=record.recipe,
         metadata={**found.metadata(), **_cut(before, list(read_graph(model).outputs))},
-        notes={**free_notes(read_notes(model)), **_carried(record.metadata)},
+        notes={**free_notes(read_notes(model)), **carried(record.metadata)},
     )
     return replace(source, artifact=made, iospec=made.record.iospec)
 
@@ -188,12 +188,3 @@ def _tflite(source: Source, artifact: StoredArtifact, outputs: Sequence[str], fo
 def _cut(before: Sequence[str], after: Sequence[str]) -> dict[str, str]:
     gone = [name for name in before if name not in after]
     return {"cut_outputs": json.dumps(gone)} if gone else {}
-
-
-def _carried(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {name: metadata[name] for name in CARRIED if name in metadata}
-
-
-def _still_true(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata of a file that a cut does not change."""
-    return {name: text for name, text in metadata.items() if name not in ("depth", "layout_ops", "transposes", "tensors", "ops", "prepared", "prepared_reason")}

@@ -32,6 +32,7 @@ from edgekd.errors import (
     near_names,
 )
 from edgekd.records import Format, Precision, Record
+from edgekd.target import connect, require_support
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +133,7 @@ def fastest(
                     progress=say,
                     **given,
                 )
-                _require_support(live, done.stored)
+                require_support(live, done.stored, live.name)
             except _ENDS_A_ROAD as error:
                 ends.append(error)
                 taken.append(_row(route, _outcome(error), str(error)))
@@ -201,15 +202,7 @@ def _no_road_left(to: str, rows: Sequence[RoadTime], ends: Sequence[EdgekdError]
 def _opened(stack: ExitStack, target: Target | str, overrides: Sequence[str]) -> Target:
     if not isinstance(target, str):
         return target
-    from edgekd.target import connect
-
     return stack.enter_context(connect(target, overrides=overrides))
-
-
-def _require_support(target: Target, model: StoredArtifact) -> None:
-    report = target.runtime.supports(model)
-    if not report.supported:
-        raise UnsupportedModel("the target cannot run the model", found="; ".join(f"{op}: {why}" for op, why in report.missing.items()), subject=target.name)
 
 
 def _screened(target: Target, models: Mapping[str, StoredArtifact], percentile: float, seed: int, say: Say) -> Mapping[str, Screened]:

@@ -15,7 +15,7 @@ from edgekd.contracts import Array, Tensors
 from edgekd.conversion.formats import TORCH
 from edgekd.errors import ConfigError, DataError, ModelError
 from edgekd.records import Artifact, Format, IOSpec, Precision, TensorSpec
-from edgekd.storage import copy_file
+from edgekd.storage import copy_file, sha256_bytes, sha256_file
 
 CHANNEL_LAST = "channel_last"
 _STORED = "artifact.json"
@@ -117,12 +117,13 @@ def open_source(model: Any, format: str, folder: Path, iospec: IOSpec | None, ex
         return Source(format, stored.record.iospec, artifact=stored)
     if format == Format.ONNX.value:
         from edgekd.models.onnx_artifact import import_onnx
+        from edgekd.models.onnx_file import file_hash
 
-        made = import_onnx(path, folder, like=iospec)
+        made = import_onnx(path, folder, like=iospec, notes={"source": file_hash(path)})
     elif format == Format.TFLITE.value:
         from edgekd.models.tflite_artifact import import_tflite
 
-        made = import_tflite(path, folder, like=iospec)
+        made = import_tflite(path, folder, like=iospec, notes={"source": sha256_file(path)})
     else:
         made = _described(path, format, folder, iospec)
     return Source(format, made.record.iospec, artifact=made)
@@ -145,8 +146,17 @@ def _described(path: Path, format: str, folder: Path, iospec: IOSpec | None) -> 
     else:
         entry, extra = "model.keras", ()
         copy_file(path, folder / entry)
-    kind = Format(format)
-    return store_artifact(folder, entry, format=kind, precision=Precision.FP32, iospec=iospec, producers={"unknown": "unknown"}, extra_files=extra)
+    hashes = [f"{name}:{sha256_file(folder / name)}" for name in sorted((entry, *extra))]
+    return store_artifact(
+        folder,
+        entry,
+        format=Format(format),
+        precision=Precision.FP32,
+        iospec=iospec,
+        producers={"unknown": "unknown"},
+        metadata={"source": sha256_bytes("\n".join(hashes).encode()) if extra else sha256_file(folder / entry)},
+        extra_files=extra,
+    )
 
 
 def _module_spec(module: Any, example: Any, channel_last: bool) -> IOSpec:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from edgekd.contracts import Array
+from edgekd.artifact import StoredArtifact
+from edgekd.contracts import Array, Tensors
 from edgekd.conversion.formats import TORCH
 from edgekd.conversion.inputs import Source
 from edgekd.errors import ConfigError, DataError, near_names
-from edgekd.models.notes import HELD, annotate, labels_text
-from edgekd.records import Format, InputProcessing, IOSpec, OutputProcessing, Processing, TensorSpec
+from edgekd.models.notes import HELD, annotate, carried, free_notes, labels_text, still_true
+from edgekd.records import Format, HopParity, InputProcessing, IOSpec, OutputProcessing, Processing, TensorSpec
 from edgekd.tree import flatten_outputs
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ _SLACK = 0.1
 
 _WIDE, _SMALL = 20.0, 0.05
 """Where raw values span more than the first, inputs that stay below this share of it are no pixels but normalised values."""
+
+
+@dataclass(frozen=True)
+class Processed:
+    """A source with its processing; where it was built into a file, `parity` says how that compares with the file before, `notes` what was not checked."""
+
+    source: Source
+    parity: HopParity | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_processing(given: Processing | Path | str) -> Processing:
@@ -87,17 +97,20 @@ def checked_processing(processing: Processing, spec: IOSpec, formats: Sequence[s
     return msgspec.structs.replace(processing, outputs=tuple(parts))
 
 
-def processed(source: Source, processing: Processing, folder: Path) -> Source:
+def processed(source: Source, processing: Processing, folder: Path, inputs: Tensors) -> Processed:
     """The source with the parts that lie inside built in, and its description saying what it takes then.
 
+    An ONNX file that parts were built into is checked by ONNX's checker and compared, on `inputs` as the file takes them, with the file before.
+
     Raises:
-        ConfigError: the format takes no parts inside. ModelError: the ONNX file's operator set is too old.
+        ConfigError: the format takes no parts inside, or a part does not fit. ModelError: the ONNX file's operator set is too old, or the part
+            would change what the body of an If, Loop or Scan reads. ConversionRejected: ONNX Runtime does not run one of the two files.
     """
     before = source.iospec
     spec = described(before, processing)
     notes = file_notes(processing)
     if source.format == TORCH:
-        return replace(source, iospec=spec, module=_module(source.module, before, processing) if processing.inside else source.module)
+        return Processed(replace(source, iospec=spec, module=_module(source.module, before, processing) if processing.inside else source.module))
     if source.artifact is None or source.format not in HELD or (processing.inside and source.format != Format.ONNX.value):
         if processing.inside:
             raise ConfigError(
@@ -107,37 +120,42 @@ def processed(source: Source, processing: Processing, folder: Path) -> Source:
                 hint='start from where the file comes from, or write where = "outside"',
                 subject="processing",
             )
-        return replace(source, iospec=spec)
+        return Processed(replace(source, iospec=spec))
     if not processing.inside:
-        return replace(source, iospec=spec, artifact=annotate(source.artifact, folder, notes, iospec=spec))
-    from edgekd.models.onnx_artifact import store_onnx
-    from edgekd.models.onnx_file import iospec_of, load_model
-    from edgekd.models.onnx_processing import normalise_input, process_output, require_opset, suppress_boxes
+        return Processed(replace(source, iospec=spec, artifact=annotate(source.artifact, folder, notes, iospec=spec)))
+    return _onnx(source, source.artifact, processing, folder, inputs)
 
-    record = source.artifact.record
-    model = load_model(source.artifact.entry)
+
+def _onnx(source: Source, artifact: StoredArtifact, processing: Processing, folder: Path, inputs: Tensors) -> Processed:
+    """The ONNX file with the parts that lie inside."""
+    from edgekd.models.onnx_artifact import read_notes, store_onnx
+    from edgekd.models.onnx_file import iospec_of, load_model
+    from edgekd.models.onnx_processing import normalise_input, process_outputs, require_opset, require_sound
+    from edgekd.parity.processed import BuiltIn, compare_processed
+
+    record = artifact.record
+    model = load_model(artifact.entry)
     require_opset(model)
-    places = {
-        name: normalise_input(model, name, part, _channel_axis(next(tensor for tensor in before.inputs if tensor.name == name), part))
-        for name, part in processing.inputs.items()
-        if part.where == "inside"
-    }
-    for out in processing.outputs:
-        if out.where == "inside":
-            (suppress_boxes if out.kind == "nms" else process_output)(model, out)
+    tensors = {tensor.name: tensor for tensor in source.iospec.inputs}
+    parts = {name: (part, _channel_axis(tensors[name], part)) for name, part in processing.inputs.items() if part.where == "inside"}
+    places = {name: normalise_input(model, name, part, axis) for name, (part, axis) in parts.items()}
+    origins, steps = process_outputs(model, [out for out in processing.outputs if out.where == "inside"])
+    unchecked = require_sound(model)
+    hop = f"{source.format} -> {source.format} with processing"
+    parity = compare_processed(hop, artifact.entry, model, BuiltIn(parts, origins, steps), inputs, record.precision, folder / "compared")
     made = store_onnx(
         model,
         folder,
         "model.onnx",
         precision=record.precision,
-        iospec=iospec_of(model, spec),
+        iospec=iospec_of(model, described(source.iospec, processing)),
         producers=record.producers,
         parent=record.content_hash(),
         recipe=record.recipe,
-        metadata={**{name: text for name, text in record.metadata.items() if name not in ("depth", "layout_ops", "transposes")}, **_told(places)},
-        notes=notes,
+        metadata={**still_true(record.metadata), **_told(places)},
+        notes={**free_notes(read_notes(model)), **carried(record.metadata), **file_notes(processing)},
     )
-    return replace(source, artifact=made, iospec=made.record.iospec)
+    return Processed(replace(source, artifact=made, iospec=made.record.iospec), parity, (unchecked,) if unchecked else ())
 
 
 def _told(places: Mapping[str, str]) -> dict[str, str]:

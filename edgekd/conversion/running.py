@@ -39,6 +39,7 @@ class Run:
         self.bound_is_note = False
         self.file_notes: Mapping[str, str] = {}
         self.processing: Processing | None = None
+        self.ran_on: dict[str, str] = {}
 
     def open_targets(self, stack: ExitStack, target: Target | str | None, overrides: Sequence[str]) -> None:
         """Open, before anything is converted, what runs each format of the road."""
@@ -78,6 +79,15 @@ class Run:
             chosen = fitting[0]
         self.recipe = make_recipe(chosen, method, self.calibration)
         self.say(f"calibrating scheme {chosen} by {method} on {self.recipe.calibration.size} samples")
+
+    def take_up(self, parity: HopParity | None, notes: Sequence[str]) -> None:
+        """Begin with what is known before the first hop: how the source with its processing inside compares, and lines that the result notes."""
+        for line in notes:
+            self.say(line)
+        self.notes.extend(notes)
+        if parity is not None:
+            self.ran_on[Format.ONNX.value] = "ONNX Runtime in this process"
+            self._add(parity)
 
     def convert(self, scratch: Path) -> StoredArtifact | None:
         """The artifact at the end of the road; `None` where a road without hops starts from a module."""
@@ -182,8 +192,11 @@ class Run:
             depth=int(depth) if depth.isdigit() else BASE_DEPTH,
             limits=output_ranges(made) if made.record.precision is Precision.INT8 else None,
         )
+        self._add(parity)
+        return found, made.record.format.value if made.record.precision is Precision.FP32 else f"{made.record.format.value} {made.record.precision.value}"
+
+    def _add(self, parity: HopParity) -> None:
         self.parity.append(parity)
         worst = min(parity.tensors, key=lambda tensor: tensor.sqnr_db)
         verdict = "within tolerance" if parity.passed else f"DIFFERS at {parity.first_bad}"
-        self.say(f"{label}: {verdict} on {parity.samples} samples, signal to error {worst.sqnr_db:.1f} dB ({worst.name})")
-        return found, made.record.format.value if made.record.precision is Precision.FP32 else f"{made.record.format.value} {made.record.precision.value}"
+        self.say(f"{parity.hop}: {verdict} on {parity.samples} samples, signal to error {worst.sqnr_db:.1f} dB ({worst.name})")

@@ -9,7 +9,7 @@ from typing import Any
 from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.errors import ModelError
 from edgekd.models.layout import layout_ops
-from edgekd.models.notes import CARRIED, free_notes, noted_iospec, noted_metadata, notes_text
+from edgekd.models.notes import DROPPED, carried, fitting_iospec, free_notes, noted_metadata, notes_text
 from edgekd.models.onnx_file import (
     PROTO_LIMIT,
     bind_axes,
@@ -103,16 +103,19 @@ def annotate_onnx(source: StoredArtifact, folder: Path, notes: Mapping[str, str]
         parent=record.content_hash(),
         recipe=record.recipe,
         metadata=record.metadata,
-        notes={**free_notes(read_notes(model)), **{name: record.metadata[name] for name in CARRIED if name in record.metadata}, **notes},
+        notes={**free_notes(read_notes(model)), **carried(record.metadata), **notes},
     )
 
 
-def import_onnx(path: Path, folder: Path, *, binding: Mapping[str, int] | None = None, like: IOSpec | None = None) -> StoredArtifact:
+def import_onnx(
+    path: Path, folder: Path, *, binding: Mapping[str, int] | None = None, like: IOSpec | None = None, notes: Mapping[str, str] | None = None
+) -> StoredArtifact:
     """A user's ONNX file as an artifact `model.onnx` in `folder`, checked, with every node named.
 
     `binding` gives dynamic axes their sizes; `None` binds a dynamic first axis to 1 and refuses other dynamic axes;
     an empty mapping leaves all axes as they are. Notes that edgekd wrote into the file (layout, value ranges, normalization, labels) are
-    used; `like` goes before them.
+    used; `like` goes before them. A description that does not fit the graph, or that another version wrote in another form, is not used:
+    the metadata `dropped_notes` say why. `notes` are added where the file has none of these names.
 
     Raises:
         ModelError: the file is no valid model, or a dynamic axis has no size.
@@ -124,12 +127,12 @@ def import_onnx(path: Path, folder: Path, *, binding: Mapping[str, int] | None =
     except onnx.checker.ValidationError as error:
         raise ModelError(f"{path} is not a valid ONNX model", found=first_line(error), hint="export it again", subject=path) from error
     noted = read_notes(model)
-    hints = like or noted_iospec(noted, path)
-    spec = iospec_of(model, hints)
+    spec = iospec_of(model, like)
     wanted = dict(binding) if binding is not None else {axis: 1 for tensor in spec.inputs for axis in tensor.shape[:1] if isinstance(axis, str)}
     if wanted:
         model = bind_axes(model, wanted)
-        spec = iospec_of(model, hints)
+    hints, dropped = (like, "") if like is not None else fitting_iospec(noted, lambda found: iospec_of(model, found), path)
+    spec = iospec_of(model, hints)
     if binding is None:
         for tensor in spec.inputs:
             tensor.sizes({})
@@ -141,5 +144,6 @@ def import_onnx(path: Path, folder: Path, *, binding: Mapping[str, int] | None =
         precision=precision_of(model),
         iospec=IOSpec(inputs=spec.inputs, outputs=spec.outputs, state=spec.state, static_binding={**spec.static_binding, **wanted}),
         producers={model.producer_name or "unknown": model.producer_version or "unknown"},
-        notes=free_notes(noted),
+        metadata={DROPPED: dropped} if dropped else {},
+        notes={**(notes or {}), **free_notes(noted)},
     )

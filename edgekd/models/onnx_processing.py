@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from edgekd.errors import ConfigError, ModelError, near_names
 from edgekd.models.onnx_batchnorm import fold_batch_norms
-from edgekd.models.onnx_file import name_nodes, opset_of, require_onnx
+from edgekd.models.onnx_file import PROTO_LIMIT, first_line, name_nodes, opset_of, require_onnx
 from edgekd.models.onnx_trim import Links, trim
 from edgekd.records import InputProcessing, OutputProcessing
 
 _DETECTION = 6
 _OLDEST_OPSET = 13
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part that was built in behind the network: the tensors of the file that it reads, and the one that it makes."""
+
+    part: OutputProcessing
+    reads: tuple[str, ...]
+    made: str
 
 
 def require_opset(model: Any) -> None:
@@ -28,19 +39,60 @@ def require_opset(model: Any) -> None:
         )
 
 
+def require_sound(model: Any, *, limit: int = PROTO_LIMIT) -> str:
+    """Refuse a file that ONNX's own checker refuses, types and shapes of all nodes included; a note where it is too large to be checked so.
+
+    Raises:
+        ModelError: gives the checker's words.
+    """
+    onnx = require_onnx("building processing into an ONNX model")
+    if model.ByteSize() > limit:
+        return f"onnx.checker did not read the file with its processing inside: it takes at most {limit} bytes at once"
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ModelError(
+            "with its processing inside the file is no valid ONNX model",
+            found=first_line(error),
+            hint='export the model anew, or write where = "outside"',
+            subject="processing",
+        ) from error
+    return ""
+
+
+def _require_uncaptured(links: Links, name: str, what: str) -> None:
+    """Refuse a tensor that a graph inside a node reads: it would go on reading it as it was.
+
+    Raises:
+        ModelError: names it.
+    """
+    if name in links.captured:
+        raise ModelError(
+            f"processing cannot be built in at the {what} {name!r}, which the body of an If, Loop or Scan reads",
+            found=name,
+            hint='write where = "outside", or export the model without such a body',
+            subject=name,
+        )
+
+
 def normalise_input(model: Any, name: str, part: InputProcessing, axis: int) -> str:
     """Put the normalisation behind an input, in place, which then takes raw values; `folded` or `nodes`: where it lies.
 
     It goes into the weights of the first convolution or matrix product where that is exact (one that pads with zeros would pad with raw
-    zeros, which are no zeros behind the normalisation); else it is a Mul and an Add.
+    zeros, which are no zeros behind the normalisation); else it is a Mul and an Add, of the input's type.
+
+    Raises:
+        ModelError: the body of an If, Loop or Scan reads the input.
     """
     onnx = require_onnx("building processing into an ONNX model")
     graph = model.graph
     item = next(item for item in graph.input if item.name == name)
     rank = len(item.type.tensor_type.shape.dim)
     size = item.type.tensor_type.shape.dim[axis].dim_value if rank > axis else 0
+    kind = onnx.helper.tensor_dtype_to_np_dtype(item.type.tensor_type.elem_type)
     scale, shift = (np.asarray(values, dtype=np.float64) for values in factors(part))
     links = Links(graph)
+    _require_uncaptured(links, name, "input")
     made = links.free(f"{name}_normalised")
     for node in links.readers.get(name, []):
         if node is not None:
@@ -48,7 +100,7 @@ def normalise_input(model: Any, name: str, part: InputProcessing, axis: int) -> 
     if axis == 1 and rank >= 2 and size:  # as a batch norm, which knows how to get into the weights
         values = [np.broadcast_to(scale, size), np.broadcast_to(shift, size), np.zeros(size), np.ones(size)]
         names = [links.free(f"{made}_{what}") for what in ("scale", "shift", "mean", "variance")]
-        graph.initializer.extend(onnx.numpy_helper.from_array(value.astype(np.float32), own) for value, own in zip(values, names, strict=True))
+        graph.initializer.extend(onnx.numpy_helper.from_array(np.array(value), own) for value, own in zip(values, names, strict=True))
         node = onnx.helper.make_node("BatchNormalization", [name, *names], [made], name=links.free(f"{made}_node"), epsilon=0.0)
         graph.node.insert(0, node)
         others = [other.name for other in graph.node if other.op_type == "BatchNormalization" and other.name != node.name]
@@ -60,12 +112,11 @@ def normalise_input(model: Any, name: str, part: InputProcessing, axis: int) -> 
     shape = [1] * rank
     if len(scale) > 1:
         shape[axis] = len(scale)
-    names = [f"{made}_factor", f"{made}_offset"]  # not `_scale`, which quantizers call scales of their own
+    names = [links.free(f"{made}_{what}") for what in ("factor", "offset")]  # not `_scale`, which quantizers call scales of their own
     graph.initializer.extend(
-        onnx.numpy_helper.from_array(value.astype(np.float32).reshape(shape if len(scale) > 1 else []), own)
-        for value, own in zip((scale, shift), names, strict=True)
+        onnx.numpy_helper.from_array(value.astype(kind).reshape(shape if len(scale) > 1 else []), own) for value, own in zip((scale, shift), names, strict=True)
     )
-    scaled = f"{made}_product"
+    scaled = links.free(f"{made}_product")
     graph.node.insert(0, onnx.helper.make_node("Add", [scaled, names[1]], [made]))
     graph.node.insert(0, onnx.helper.make_node("Mul", [name, names[0]], [scaled]))
     name_nodes(model)
@@ -77,15 +128,44 @@ def factors(part: InputProcessing) -> tuple[tuple[float, ...], tuple[float, ...]
     return tuple(part.scale / std for std in part.std), tuple(-mean / std for mean, std in zip(part.mean, part.std, strict=True))
 
 
-def process_output(model: Any, part: OutputProcessing) -> None:
-    """Put softmax, sigmoid or argmax behind an output, in place; the output keeps its name.
+def process_outputs(model: Any, parts: Iterable[OutputProcessing]) -> tuple[dict[str, str], tuple[Step, ...]]:
+    """Put these parts behind the network, in place and in order: the tensor that each output of the network is now, by its name, and the steps.
 
     Raises:
-        ConfigError: the output does not exist, or has no such axis.
+        ConfigError, ModelError: an output does not exist or does not fit its part, or a name is taken.
+    """
+    origins = {item.name: item.name for item in model.graph.output}
+    steps: list[Step] = []
+    for part in parts:
+        if part.kind == "nms":
+            steps.append(Step(part, (part.boxes, part.scores), suppress_boxes(model, part)))
+            continue
+        raw = process_output(model, part)
+        if origins[part.output] == part.output:
+            origins[part.output] = raw
+        steps = [replace(step, made=raw) if step.made == part.output else step for step in steps]
+        steps.append(Step(part, (raw,), part.output))
+    return origins, tuple(steps)
+
+
+def process_output(model: Any, part: OutputProcessing) -> str:
+    """Put softmax, sigmoid or argmax behind an output, in place; the output keeps its name. The name of the tensor that it was.
+
+    Raises:
+        ConfigError: the output does not exist, or has no such axis. ModelError: the body of an If, Loop or Scan reads it.
     """
     onnx = require_onnx("building processing into an ONNX model")
     graph = model.graph
-    item = next(item for item in graph.output if item.name == part.output)
+    outputs = {item.name: item for item in graph.output}
+    if part.output not in outputs:
+        raise ConfigError(
+            f"{part.kind} is to lie behind the output {part.output!r}, which nms took",
+            found=part.output,
+            allowed=near_names(part.output, outputs),
+            hint="name it before nms",
+            subject=part.output,
+        )
+    item = outputs[part.output]
     rank = len(item.type.tensor_type.shape.dim)
     if part.kind != "sigmoid" and not -rank <= part.axis < rank:
         raise ConfigError(f"the output {part.output!r} has no axis {part.axis}", found=f"{rank} axes", hint="name the axis of the classes", subject=part.output)
@@ -93,11 +173,15 @@ def process_output(model: Any, part: OutputProcessing) -> None:
     maker = links.makers.get(part.output)
     if maker is None:
         raise ConfigError(f"the output {part.output!r} is an input or a weight", found=part.output, hint="leave it as it is", subject=part.output)
+    _require_uncaptured(links, part.output, "output")
     raw = links.free(f"{part.output}_raw")
     maker.output[:] = [raw if name == part.output else name for name in maker.output]
     for node in links.readers.get(part.output, []):
         if node is not None:
             node.input[:] = [raw if name == part.output else name for name in node.input]
+    for known in graph.value_info:
+        if known.name == part.output:
+            known.name = raw
     operator = {"softmax": "Softmax", "sigmoid": "Sigmoid", "argmax": "ArgMax"}[part.kind]
     attributes: dict[str, int] = {} if part.kind == "sigmoid" else {"axis": part.axis}
     if part.kind == "argmax":
@@ -105,13 +189,15 @@ def process_output(model: Any, part: OutputProcessing) -> None:
         item.type.tensor_type.elem_type = onnx.TensorProto.INT64
         del item.type.tensor_type.shape.dim[part.axis % rank]
     graph.node.append(onnx.helper.make_node(operator, [raw], [part.output], name=links.free(f"{part.output}_{part.kind}"), **attributes))
+    return raw
 
 
-def suppress_boxes(model: Any, part: OutputProcessing) -> None:
-    """Put a suppression of overlapping boxes behind the outputs `boxes` and `scores`, in place, which become one output of a fixed size.
+def suppress_boxes(model: Any, part: OutputProcessing) -> str:
+    """Put a suppression of overlapping boxes behind the outputs `boxes` and `scores`, in place, which become one output of a fixed size: its name.
 
     Raises:
-        ConfigError: one of them does not exist, or they do not fit each other.
+        ConfigError: one of them does not exist, they do not fit each other, there are as many boxes as classes, so that nothing tells
+            which axis is which, or a tensor has the name of the new output.
     """
     onnx = require_onnx("building processing into an ONNX model")
     graph = model.graph
@@ -125,11 +211,28 @@ def suppress_boxes(model: Any, part: OutputProcessing) -> None:
         raise ConfigError(
             "boxes and scores do not fit each other", found=f"{part.boxes} {boxes}, {part.scores} {scores}", allowed="(1, n, 4) and (1, n, c) or (1, c, n)"
         )
+    if scores[1] == scores[2]:
+        raise ConfigError(
+            "there are as many boxes as classes, so that nothing tells which axis of the scores is which",
+            found=f"{part.boxes} {boxes}, {part.scores} {scores}",
+            allowed="another number of boxes than of classes",
+            hint='write where = "outside", or export the model with another number of boxes',
+            subject=part.scores,
+        )
+    kinds = {name: onnx.TensorProto.DataType.Name(outputs[name].type.tensor_type.elem_type) for name in (part.boxes, part.scores)}
+    if set(kinds.values()) != {"FLOAT"}:
+        raise ConfigError("nms takes boxes and scores in float32", found=kinds, allowed="FLOAT", hint='write where = "outside"', subject="nms")
     links = Links(graph)
     wanted = part.output or "detections"
-    if wanted in outputs and wanted not in (part.boxes, part.scores):
-        raise ConfigError(f"the model has an output {wanted!r} already", found=wanted, hint="give the nms another output", subject=wanted)
-    stem = links.free(f"{wanted}_nms")
+    if links.holds(wanted):
+        raise ConfigError(
+            f"the model has a tensor {wanted!r} already, so that nms cannot give its output this name",
+            found=wanted,
+            allowed=f"for example {links.free(f'{wanted}_nms')}",
+            hint='give the nms another output: output = "NAME"',
+            subject=wanted,
+        )
+    stem = _free_stem(links, f"{wanted}_nms")
     most = part.max_detections
     weights: dict[str, Any] = {
         "most": np.array([most], np.int64),
@@ -148,12 +251,11 @@ def suppress_boxes(model: Any, part: OutputProcessing) -> None:
 
     def add(operator: str, inputs: list[str], made: str, **attributes: Any) -> str:
         names = [name.removeprefix("=") if name.startswith("=") else f"{stem}_{name}" for name in inputs]  # "=": a tensor of the model
-        target = made if made == wanted else f"{stem}_{made}"
-        graph.node.append(onnx.helper.make_node(operator, names, [target], name=f"{stem}/{made}", **attributes))
+        graph.node.append(onnx.helper.make_node(operator, names, [f"{stem}_{made}"], name=f"{stem}/{made}", **attributes))
         return made
 
     all_boxes, by_class = f"={part.boxes}", f"={part.scores}"
-    if scores[1] == boxes[1] and scores[2] != boxes[1]:
+    if scores[1] == boxes[1]:
         by_class = add("Transpose", [by_class], "by_class", perm=[0, 2, 1])
     add("NonMaxSuppression", [all_boxes, by_class, "most", "iou", "least"], "selected", center_point_box=int(part.centered))
     add("Slice", ["selected", "one", "three", "one"], "pairs")
@@ -172,8 +274,17 @@ def suppress_boxes(model: Any, part: OutputProcessing) -> None:
     add("Squeeze", ["keys", "one"], "flat_keys")
     graph.node.append(onnx.helper.make_node("TopK", [f"{stem}_flat_keys", f"{stem}_most"], [f"{stem}_best", f"{stem}_order"], name=f"{stem}/top", axis=0))
     add("Gather", ["padded", "order"], "ordered", axis=0)
-    add("Unsqueeze", ["ordered", "zero"], wanted)
+    graph.node.append(onnx.helper.make_node("Unsqueeze", [f"{stem}_ordered", f"{stem}_zero"], [wanted], name=f"{stem}/out"))
     kept = [type(item).FromString(item.SerializeToString()) for item in graph.output if item.name not in (part.boxes, part.scores)]
     del graph.output[:]
     graph.output.extend([*kept, onnx.helper.make_tensor_value_info(wanted, onnx.TensorProto.FLOAT, [1, most, _DETECTION])])
-    trim(model)
+    return wanted
+
+
+def _free_stem(links: Links, wish: str) -> str:
+    """A beginning that no name of a tensor has."""
+    stem, count = wish, 1
+    while any(name.startswith(f"{stem}_") for name in (*links.makers, *links.readers, *links.inputs, *links.initializers)):
+        count += 1
+        stem = f"{wish}_{count}"
+    return stem

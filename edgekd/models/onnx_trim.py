@@ -52,11 +52,14 @@ class Links:
             return np.asarray(onnx.numpy_helper.to_array(maker.attribute[0].t))
         return None
 
+    def holds(self, name: str) -> bool:
+        """Whether a tensor has this name."""
+        return any(name in names for names in (self.makers, self.readers, self.inputs, self.initializers))
+
     def free(self, wish: str) -> str:
         """A name that no tensor has."""
-        taken = {*self.makers, *self.readers, *self.inputs, *self.initializers}
         name, count = wish, 1
-        while name in taken:
+        while self.holds(name):
             count += 1
             name = f"{wish}_{count}"
         return name

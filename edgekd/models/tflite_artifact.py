@@ -14,7 +14,7 @@ from edgekd.artifact import StoredArtifact, store_artifact
 from edgekd.contracts import Array, Tensors
 from edgekd.errors import DataError, ModelError
 from edgekd.models.layout import layout_ops
-from edgekd.models.notes import CARRIED, free_notes, noted_iospec, noted_metadata, notes_text
+from edgekd.models.notes import DROPPED, carried, fitting_iospec, free_notes, noted_metadata, notes_text
 from edgekd.models.tflite_file import (
     TfliteGraph,
     depth_of,
@@ -123,10 +123,12 @@ def quantizable(graph: TfliteGraph) -> dict[str, str]:
     }
 
 
-def import_tflite(path: Path, folder: Path, *, like: IOSpec | None = None) -> StoredArtifact:
+def import_tflite(path: Path, folder: Path, *, like: IOSpec | None = None, notes: Mapping[str, str] | None = None) -> StoredArtifact:
     """A user's TFLite file as an artifact `model.tflite` in `folder`; tensors get names of their own, numbers stay.
 
-    Notes that edgekd wrote into the file (layout, value ranges, normalization) are used unless `like` is given.
+    Notes that edgekd wrote into the file (layout, value ranges, normalization) are used unless `like` is given. A description that does not
+    fit the graph, or that another version wrote in another form, is not used: the metadata `dropped_notes` say why. `notes` are added where
+    the file has none of these names.
 
     Raises:
         ModelError: the file is missing, cut off, no TFLite model, or has a dynamic axis.
@@ -136,7 +138,8 @@ def import_tflite(path: Path, folder: Path, *, like: IOSpec | None = None) -> St
     ensure_signature(model)
     graph = read_graph(model)
     noted = read_notes(model)
-    spec = iospec_of(graph, like or noted_iospec(noted, path))
+    hints, dropped = (like, "") if like is not None else fitting_iospec(noted, lambda found: iospec_of(graph, found), path)
+    spec = iospec_of(graph, hints)
     for tensor in spec.inputs:
         tensor.sizes({})
     return store_tflite(
@@ -146,8 +149,8 @@ def import_tflite(path: Path, folder: Path, *, like: IOSpec | None = None) -> St
         like=spec,
         converter="import",
         producers={"unknown": "unknown"},
-        metadata={"renamed_tensors": str(renamed)},
-        notes=free_notes(noted),
+        metadata={"renamed_tensors": str(renamed), **({DROPPED: dropped} if dropped else {})},
+        notes={**(notes or {}), **free_notes(noted)},
     )
 
 
@@ -184,7 +187,7 @@ def annotate_tflite(source: StoredArtifact, folder: Path, notes: Mapping[str, st
     model = load_model(source.entry)
     record = source.record
     spec, parent = iospec or record.iospec, record.content_hash()
-    told = {**free_notes(read_notes(model)), **{name: record.metadata[name] for name in CARRIED if name in record.metadata}, **notes}
+    told = {**free_notes(read_notes(model)), **carried(record.metadata), **notes}
     _set_notes(model, notes_text(spec, record.precision, parent=parent, recipe=record.recipe, notes=told))
     write_atomic(folder / ENTRY, pack_model(model))
     return store_artifact(

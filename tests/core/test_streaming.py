@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import edgekd
-from edgekd.errors import ConversionRejected, DataError, InputError, ModelError, ParityRejected
+from edgekd.errors import ConversionRejected, DataError, ModelError, ParityRejected
 from edgekd.models.model_file import import_model
 from edgekd.models.onnx_file import load_model
 from edgekd.records import Artifact, IOSpec, StatePair, TensorSpec
@@ -232,11 +232,12 @@ def test_a_state_that_does_not_fit_is_refused_by_its_input(pair: StatePair, outp
     assert refused.value.subject == pair.input
 
 
-def test_a_file_tells_its_state_and_one_whose_note_is_broken_is_refused(exported: Any, tmp_path: Path) -> None:
+def test_a_file_tells_its_state_and_one_whose_note_is_broken_is_read_by_its_graph(exported: Any, tmp_path: Path) -> None:
     model = load_model(exported[1].stored.entry)
     (note,) = [item for item in model.metadata_props if item.key == "edgekd.iospec"]
     assert {pair["input"]: pair["output"] for pair in json.loads(note.value)["state"]} == {"rnn.h": "rnn.h.next", "rnn.c": "rnn.c.next"}
     note.value = "[1"
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(InputError, match=r"notes in .*m\.onnx"):
-        import_model(tmp_path / "m.onnx", tmp_path / "in")
+    made = import_model(tmp_path / "m.onnx", tmp_path / "in")
+    assert made.record.iospec.state == ()
+    assert "m.onnx does not hold a edgekd.io/1" in made.record.metadata["dropped_notes"]
