@@ -92,6 +92,7 @@ def accuracy(module: nn.Module) -> float:
         return float((module.eval()(images).argmax(1) == labels).float().mean())
 
 
+@pytest.mark.slow
 def test_a_few_epochs_recover_what_quantizing_afterwards_loses(tmp_path: Path) -> None:
     images, _, held_out, labels = data()
     example = {"image": images[:256].numpy()}

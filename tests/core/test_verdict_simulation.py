@@ -88,6 +88,7 @@ def test_latency_fails_with_power_when_mean_is_above_the_limit() -> None:
 
 
 @pytest.mark.parametrize(("sd", "teacher_sd"), [(0.02, 0.05), (0.005, 0.05), (0.02, 0.02)])
+@pytest.mark.slow
 def test_share_decides_wrongly_at_most_one_percent_when_the_teacher_spreads(sd: float, teacher_sd: float) -> None:
     """The plain share of the teacher's mean, taken as if it were exact, would fail the second student in about half of the cases."""
     slack = binomial_slack(0.01, 2000)

@@ -227,6 +227,7 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("faults")
+@pytest.mark.slow
 def test_a_fault_of_the_device_is_named_at_onnx_to_device(tmp_path: Path) -> None:
     result = kit.run(
         "multi", tmp_path / "run", overrides=["runtime.kind=wire-fault"], student=kit.fixed("multi"), options=FROZEN, budget=Budget(latency_share=0.4)
@@ -263,6 +264,7 @@ def test_a_fault_of_int8_is_named_at_onnx_to_int8_and_rolled_back(tmp_path: Path
 
 
 @pytest.mark.usefixtures("faults")
+@pytest.mark.slow
 def test_a_fault_of_compiling_is_named_at_portable_to_compiled(tmp_path: Path) -> None:
     floats = msgspec.structs.replace(FROZEN, bundle_data_mb=1.0)
     result = kit.run(

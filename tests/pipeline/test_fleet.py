@@ -58,6 +58,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
         return edgekd.compress_for(targets, **given(folder / "runs" / "both"), progress=False)
 
 
+@pytest.mark.slow
 def test_every_target_has_its_verdict_bundle_and_report(fleet: Fleet) -> None:
     assert list(fleet.results) == ["zed", "second"]
     assert (fleet.outcome, fleet.exit_code) == (Outcome.PASS, 0)
@@ -70,6 +71,7 @@ def test_every_target_has_its_verdict_bundle_and_report(fleet: Fleet) -> None:
     assert (fleet.run_dir.parent / ".edgekd-cache").is_dir()
 
 
+@pytest.mark.slow
 def test_one_report_shows_every_verdict_and_has_no_id_twice(fleet: Fleet) -> None:
     page = fleet.report.read_text(encoding="utf-8")
     assert page.index("zed: pass: ") < page.index("second: pass: ")
@@ -89,6 +91,7 @@ def test_one_report_shows_every_verdict_and_has_no_id_twice(fleet: Fleet) -> Non
     assert "://" not in re.sub(r"https?://(?:www\.w3\.org|purl\.org)[^\"' ]*", "", page)
 
 
+@pytest.mark.slow
 def test_a_report_is_written_again_from_the_records(fleet: Fleet) -> None:
     before = fleet.report.read_bytes()
     fleet.report.unlink()
@@ -96,6 +99,7 @@ def test_a_report_is_written_again_from_the_records(fleet: Fleet) -> None:
     assert fleet.report.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_on_one_target_continues_the_one_beneath(fleet: Fleet, tmp_path: Path) -> None:
     events: list[Event] = []
     (second,) = profiles(tmp_path, second=2.0)
@@ -104,6 +108,7 @@ def test_a_run_on_one_target_continues_the_one_beneath(fleet: Fleet, tmp_path: P
     assert {event.kind for event in events if event.kind != "note"} == {"reused"}
 
 
+@pytest.mark.slow
 def test_a_gate_of_the_folder_names_its_bundles(fleet: Fleet) -> None:
     with pytest.raises(BundleError, match=r"second/bundle, .*zed/bundle"):
         edgekd.gate(fleet.run_dir)

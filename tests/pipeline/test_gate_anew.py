@@ -103,6 +103,7 @@ def nonces_of_a_run(run_dir: Path, interrupt_at: int = 0) -> list[str]:
     return heard.of("verdict")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_asks_for_its_own_verdict_jobs_and_another_run_for_others(tmp_path: Path) -> None:
     first = nonces_of_a_run(tmp_path / "run", interrupt_at=3)
     again = nonces_of_a_run(tmp_path / "run")

@@ -160,6 +160,7 @@ class KindScreen(Null):
 '''
 
 
+@pytest.mark.slow
 def test_a_student_over_the_budget_never_passes_when_the_screen_is_too_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_runtimes(tmp_path / "plugin", monkeypatch, KIND_SCREEN, {"kind-screen": "KindScreen"})
     result = kit.run(
@@ -265,6 +266,7 @@ def test_the_quantized_teacher_ships_when_it_alone_is_accurate_enough(tmp_path: 
     assert row.decision == "kept"
 
 
+@pytest.mark.slow
 def test_the_quantized_teacher_ships_when_no_student_fits_the_budget(tmp_path: Path) -> None:
     result = kit.run("classification", tmp_path / "run", student=solved(48), options=FROZEN, budget=Budget(latency_share=0.5, max_drop=0.1))
     assert kit.rows_of(result, "search", "feasibility")[0].decision == "rolled back"

@@ -140,6 +140,7 @@ def test_several_outputs_are_judged_each_by_its_kind(tmp_path: Path) -> None:
         run(tmp_path / "one", tmp_path / "data", model=model)
 
 
+@pytest.mark.slow
 def test_split_is_seeded_and_its_parts_share_no_sample(tmp_path: Path) -> None:
     items = [run(tmp_path / str(index), home() / "data", seed=seed) for index, seed in enumerate((0, 0, 1))]
     tests = [open_bundle(result.bundle).evaluation().inputs["x"] for result in items if result.bundle is not None]
@@ -167,6 +168,7 @@ def test_extreme_budget_is_taken_when_it_is_meant(tmp_path: Path) -> None:
     assert run(tmp_path, home() / "data", budget=Budget(latency_ms=300.0), options=options).verdict.outcome is Outcome.PASS
 
 
+@pytest.mark.slow
 def test_launches_that_grow_invalid_after_the_search_end_in_refuse_and_never_in_fail(tmp_path: Path) -> None:
     calm = run(tmp_path, home() / "data")
     assert calm.verdict.outcome is Outcome.PASS
