@@ -67,12 +67,12 @@ def _folded(model: Any, iospec: IOSpec, example: Tensors) -> tuple[Any, Folded, 
         feeds = _feeds(model, iospec, example)
         try:
             before = before or _run(model, feeds)
+            parity = compare_hop("batch norms folded", before, _run(made, feeds), precision=Precision.FP32, depth=depth_of(model))
+            if parity.passed:
+                return made, folded, parity
+            alone = {name for name in folded.done if len(folded.done) > 1 and _alone(model, name, folded.done, skip, before, feeds)}
         except _NotRun as reason:
             return model, Folded((), (*folded.left, *((name, f"folding it cannot be proven: {reason}") for name in folded.done))), None
-        parity = compare_hop("batch norms folded", before, _run(made, feeds), precision=Precision.FP32, depth=depth_of(model))
-        if parity.passed:
-            return made, folded, parity
-        alone = {name for name in folded.done if len(folded.done) > 1 and _alone(model, name, folded.done, skip, before, feeds)}
         skip |= (set(folded.done) - alone) or set(folded.done)
 
 

@@ -12,12 +12,13 @@ import numpy as np
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Target
 from edgekd.errors import InputError
+from edgekd.measuring.latency import launches_for
 from edgekd.measuring.launching import new_nonce
 from edgekd.measuring.measure import Subject, calibrate_limits, measure_verdict, screen
 from edgekd.models.model_file import import_model
 from edgekd.models.notes import artifact_notes, shown_notes
 from edgekd.npy import load_inputs
-from edgekd.records import Capabilities, IOSpec, Measurement, OpTime, Precision
+from edgekd.records import Capabilities, Clock, IOSpec, Measurement, OpTime, Precision
 from edgekd.stats import percentile_of
 from edgekd.target import require_support
 
@@ -119,6 +120,7 @@ def summarize(measurement: Measurement, percentile: float = 50.0) -> dict[str, f
         return {}
     wanted = sorted({50.0, 90.0, 99.0, percentile})
     summary = {f"p{q:g}": float(percentile_of(samples, q)) for q in wanted}
-    summary["init"] = float(np.median([launch.init_ns for launch in measurement.launches])) / 1e6
-    summary["first"] = float(np.median([launch.first_ns for launch in measurement.launches])) / 1e6
+    if begun_calm := launches_for(measurement, Clock.INIT):
+        summary["init"] = float(np.median([launch.init_ns for launch in begun_calm])) / 1e6
+        summary["first"] = float(np.median([launch.first_ns for launch in begun_calm])) / 1e6
     return summary

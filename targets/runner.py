@@ -181,21 +181,24 @@ def timed_loop(step: Callable[[int], int], protocol: dict[str, Any], slow_ns: in
 
     Then the inferences come in parts of `look_s` seconds with a look at the sentinel between two parts. A part counts if neither look beside it took
     longer than `slow_ns`; otherwise the machine was disturbed and the part is set aside, whatever its own times. While it is disturbed a part is a
-    single inference, so that a calm moment is found soon. `min_samples` and `min_time_s` are asked of what counts, `max_time_s` of all.
+    single inference, so that a calm moment is found soon. `min_samples` and `min_time_s` are asked of what counts, `max_time_s` of all. A launch that
+    misses them because of what was set aside is invalid, and holds all its inferences. One so slow that `max_time_s` ends it before `min_samples` on a
+    calm machine too must count more than half of its inferences.
     """
     clock = time.perf_counter_ns
     samples: list[int] = []
-    taken, counted_ns, worst_ns = 0, 0, None
+    everything: list[int] = []
+    counted_ns, worst_ns = 0, None
     begin = end = clock()
     look_ns = 0 if slow_ns is None else sentinel_ns(LOOK_S)
     while end - begin < protocol["max_time_s"] * 1e9 and (counted_ns < protocol["min_time_s"] * 1e9 or len(samples) < protocol["min_samples"]):
         start, before_ns = clock(), look_ns
-        part = [step(taken)]
+        part = [step(len(everything))]
         end = clock()
         while slow_ns is not None and before_ns <= slow_ns and end - start < protocol["look_s"] * 1e9:
-            part.append(step(taken + len(part)))
+            part.append(step(len(everything) + len(part)))
             end = clock()
-        taken += len(part)
+        everything += part
         if slow_ns is not None:
             look_ns = sentinel_ns(LOOK_S)
             if max(before_ns, look_ns) > slow_ns:
@@ -205,11 +208,12 @@ def timed_loop(step: Callable[[int], int], protocol: dict[str, Any], slow_ns: in
         counted_ns += end - start
     found: dict[str, Any] = {"samples_ns": samples}
     if slow_ns is not None:
-        found.update(sentinel_ns=worst_ns, set_aside=taken - len(samples))
-        if not samples or len(samples) < protocol["min_samples"] <= taken:
-            found["invalid"] = "slowed: {} of {} inferences in {:.1f} s were beside a calm sentinel, {} needed".format(
-                len(samples), taken, (end - begin) / 1e9, protocol["min_samples"]
-            )
+        taken, aside, least_s = len(everything), len(everything) - len(samples), min(protocol["min_time_s"], protocol["max_time_s"])
+        needed = protocol["min_samples"] if taken >= protocol["min_samples"] else taken // 2 + 1
+        found.update(sentinel_ns=worst_ns, set_aside=aside)
+        if aside and (len(samples) < needed or counted_ns < least_s * 1e9):
+            seen = f"{len(samples)} of {taken} inferences ({counted_ns / 1e9:.2f} of {(end - begin) / 1e9:.2f} s) were beside a calm sentinel"
+            found.update(samples_ns=everything, invalid=f"slowed: {seen}, {needed} ({least_s:g} s) needed")
     return found
 
 

@@ -25,7 +25,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -139,9 +138,9 @@ def estimate_latency(measurement: Measurement, percentile: float, clock: Clock =
         MeasurementInvalid: there is no valid launch.
         InputError: a verdict-grade launch has fewer inferences than the percentile needs.
     """
-    if not measurement.launches:
+    if not launches_for(measurement, clock):
         raise _nothing_valid(measurement)
-    x = np.log(latencies_ms(measurement.launches, percentile, clock, enough=measurement.grade is Grade.VERDICT))
+    x = np.log(latencies_ms(launches_for(measurement, clock), percentile, clock, enough=measurement.grade is Grade.VERDICT))
     if x.size == 1:
         return Interval(*(float(np.exp(x[0])),) * 3)
     return Interval(*(math.exp(value) for value in serial_mean_bounds(x, confidence)))
@@ -162,18 +161,21 @@ def share_of(share: float, teacher: Measurement, percentile: float, clock: Clock
     Raises:
         MeasurementInvalid: fewer than two valid launches.
     """
-    if len(teacher.launches) < 2:
+    launches = launches_for(teacher, clock)
+    if len(launches) < 2:
         raise _nothing_valid(teacher)
-    x = np.log(latencies_ms(teacher.launches, percentile, clock, enough=teacher.grade is Grade.VERDICT))
+    x = np.log(latencies_ms(launches, percentile, clock, enough=teacher.grade is Grade.VERDICT))
     mean = serial_mean_bounds(x, look_confidence(plan, share=True))
     return Limit(share * math.exp(mean.lower), share * math.exp(mean.upper))
 
 
-def _begun_calm(measurement: Measurement) -> Measurement:
-    """The measurement without the launches whose sentinel was slow before they began; one that was looked at within a launch says nothing on its start."""
+def launches_for(measurement: Measurement, clock: Clock) -> tuple[Launch, ...]:
+    """The valid launches that count for a clock: all for the timed inferences; for the init and the first time those whose sentinel was calm before
+    they began, since one that was looked at within a launch says nothing on its start."""
     slow_ns = measurement.limits.sentinel_max_ns
-    calm = [one for one in measurement.launches if slow_ns is None or (one.before.sentinel_ns or 0) <= slow_ns]
-    return msgspec.structs.replace(measurement, launches=tuple(calm))
+    if clock in _PERCENTILE_CLOCKS or slow_ns is None:
+        return measurement.launches
+    return tuple(one for one in measurement.launches if (one.before.sentinel_ns or 0) <= slow_ns)
 
 
 def check_latency(measurement: Measurement, limit: Limit | float, percentile: float, clock: Clock, plan: MeasurePlan, name: str = "latency") -> Check:
@@ -193,21 +195,21 @@ def check_latency(measurement: Measurement, limit: Limit | float, percentile: fl
     if not (math.isfinite(fail_above_ms) and 0 < limit_ms <= fail_above_ms):
         raise BudgetError(f"the limit of {name} must be a positive number of milliseconds", found=limit_ms if not share else (limit_ms, limit_upper_ms))
     what = f"p{percentile:g}" if clock in _PERCENTILE_CLOCKS else clock.value
-    if clock not in _PERCENTILE_CLOCKS:
-        measurement = _begun_calm(measurement)
-    n = len(measurement.launches)
+    launches, taken = launches_for(measurement, clock), len(measurement.launches)
+    n = len(launches)
+    begun = " that began on a calm device" if n < taken else ""
 
     def refuse(value: float, reason: str, **more: float | bool | int | None) -> Check:
         fields = {"n": n, "confidence": CONFIDENCE, **more}
         return Check(name=name, outcome=Outcome.REFUSE, value=value, limit=limit_ms, unit="ms", reason=reason, **fields)  # type: ignore[arg-type]
 
     if not measurement.valid or n < 2:
-        seen = measurement.launches or measurement.rejected
+        seen = launches or measurement.rejected
         value = float(np.exp(np.log(latencies_ms(seen, percentile, clock, enough=False)).mean())) if seen else 0.0
         if not measurement.valid:
             return refuse(value, f"invalid measurement: {measurement.reason or 'no reason recorded'}")
-        return refuse(value, f"{n} valid launches of {plan.launches}", undecided=plan.max_launches >= 2)
-    per_launch = latencies_ms(measurement.launches, percentile, clock)
+        return refuse(value, f"{n} valid launches{begun} of {plan.launches}", undecided=plan.max_launches >= 2 and taken < plan.max_launches)
+    per_launch = latencies_ms(launches, percentile, clock)
     x = np.log(per_launch)
     confidence = look_confidence(plan, share=share)
     mean = serial_mean_bounds(x, confidence)
@@ -216,16 +218,18 @@ def check_latency(measurement: Measurement, limit: Limit | float, percentile: fl
     log_limit = math.log(limit_ms) + ROUNDING
     log_fail = math.log(fail_above_ms) + ROUNDING
     conditions = f"{n} launches, {CONFIDENCE:.0%} confidence over {planned_looks(plan)} looks{', the teacher included' if share else ''}"
+    if clock in _PERCENTILE_CLOCKS and (aside := sum(launch.set_aside for launch in launches)):
+        conditions += f", {aside / (aside + sum(len(launch.samples_ns) for launch in launches)):.0%} of the inferences set aside beside a slow sentinel"
     if n < plan.launches:
-        return refuse(value, f"only {n} valid launches of {plan.launches}", lower=lower, upper=upper, undecided=True)
-    summary_only = clock in _PERCENTILE_CLOCKS and any(not launch.samples_ns for launch in measurement.launches)
+        return refuse(value, f"only {n} valid launches{begun} of {plan.launches}", lower=lower, upper=upper, undecided=taken < plan.max_launches)
+    summary_only = clock in _PERCENTILE_CLOCKS and any(not launch.samples_ns for launch in launches)
     if summary_only:
         what, conditions = f"max (for {what}, the runtime gives a summary only)", conditions + ", judged by the maximum"
     within = math.log(upper) <= log_limit and (not summary_only or bool(np.all(x <= log_limit)))
     exceeds = math.log(lower) > log_fail and not summary_only
     about = f"the limit of {limit_ms:.4g} to {limit_upper_ms:.4g} ms" if share else f"{limit_ms:.4g} ms"
     if not within and not exceeds:
-        more = n < plan.max_launches
+        more = taken < plan.max_launches
         end = "more launches may decide" if more else f"{n} launches do not decide"
         reason = f"{what} {value:.4g} ms in [{lower:.4g}, {upper:.4g}] around {about}; {end}"
         return refuse(value, f"{reason} ({conditions})", lower=lower, upper=upper, undecided=more)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edgekd.contracts import Tensors
 from edgekd.quantize.structure import Op, Structure, counted
+from edgekd.teachers import accepted, evaluating, tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +24,9 @@ def module_structure(module: torch.nn.Module, inputs: Tensors) -> Structure:
     """The structure of a module, found by running it on the first sample: `inputs` holds one batch per input in the order of its arguments.
 
     `ops` holds the names that its convolutions have in TFLite. A recurrent layer of torch is one recurrence, however its steps are computed.
+
+    Raises:
+        ModelError: the module does not run on the sample.
     """
     import torch
     from torch.utils import _pytree
@@ -34,7 +36,8 @@ def module_structure(module: torch.nn.Module, inputs: Tensors) -> Structure:
     kinds: set[str] = set()
     held: list[torch.Tensor] = []  # their ids name them: none may be freed and used again
     weights = {id(tensor): f"weight {name}" for name, tensor in module.state_dict(keep_vars=True).items()}
-    arguments = [torch.from_numpy(np.ascontiguousarray(value[:1])) for value in inputs.values()]
+    first = {name: value[:1] for name, value in inputs.items()}
+    arguments = tensors_of(first)
     computed = {id(tensor) for tensor in arguments}
 
     class Note(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -64,17 +67,13 @@ def module_structure(module: torch.nn.Module, inputs: Tensors) -> Structure:
             ops.append(Op(role, variable, tuple(str(id(tensor)) for tensor in results), constant))
             return made
 
-    modes = [(part, part.training) for part in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator that hides the attention of an encoder layer
-    module.eval()
     try:
-        with torch.no_grad(), Note():  # type: ignore[no-untyped-call]
+        with evaluating(module), accepted("the module", type(module).__name__, first), torch.no_grad(), Note():  # type: ignore[no-untyped-call]
             module(*arguments)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for part, training in modes:
-            part.training = training
     recurrent = sum(isinstance(part, (torch.nn.RNNBase, torch.nn.RNNCellBase)) for part in module.modules())
     return counted(ops, frozenset(kinds), recurrent)
 

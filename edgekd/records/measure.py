@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Annotated
 
@@ -88,7 +89,7 @@ class Limits(Record, tag="edgekd.limits/1", frozen=True, kw_only=True):
         """The longest time of the sentinel on an undisturbed device, in nanoseconds; `None` where it is not checked."""
         if self.sentinel_ns is None or self.sentinel_drift_max is None:
             return None
-        return int(self.sentinel_ns * (1.0 + self.sentinel_drift_max))
+        return math.floor(self.sentinel_ns * (1.0 + self.sentinel_drift_max) + 1e-6)
 
 
 class Snapshot(Record, tag="edgekd.snapshot/1", frozen=True, kw_only=True):
@@ -109,7 +110,7 @@ class Launch(Record, tag="edgekd.launch/1", frozen=True, kw_only=True):
     summary only, then `summary_ns` holds `min`, `median`, `max`).
 
     Where the sentinel was looked at within the launch, `sentinel_ns` is its longest time beside one of these, and `set_aside` counts the inferences
-    beside a slower one: they are in no sample.
+    beside a slower one: they are in no sample, but for a launch that is invalid because of them, which holds all.
     """
 
     label: str

@@ -108,6 +108,16 @@ def test_init_and_first_are_judged_by_launches_that_began_on_a_calm_device() -> 
     assert check_latency(mixed, 10.0, 90, Clock.END_TO_END, PLAN).n == 25
     few = check_latency(msgspec.structs.replace(mixed, launches=launches[1:]), 10.0, 90, Clock.INIT, PLAN)
     assert (few.outcome, few.undecided) == (Outcome.REFUSE, True)
+    assert "19 valid launches that began on a calm device of 20" in few.reason
+    half = resolve_limit(Budget(latency_share=0.5, clock=Clock.INIT), PLAN, mixed, allow_extreme=True)
+    assert (half.ms, half.upper_ms) == (pytest.approx(0.5), pytest.approx(0.5))
+
+
+def test_latency_says_what_share_of_the_inferences_was_set_aside() -> None:
+    one = measurement([0.1] * 20)
+    aside = msgspec.structs.replace(one, launches=tuple(msgspec.structs.replace(launch, set_aside=600) for launch in one.launches))
+    assert "75% of the inferences set aside" in check_latency(aside, 1.0, 90, Clock.END_TO_END, PLAN).reason
+    assert "set aside" not in check_latency(one, 1.0, 90, Clock.END_TO_END, PLAN).reason
 
 
 @pytest.mark.parametrize(("percentile", "needed"), [(50, 11), (90, 64), (99, 662)])
