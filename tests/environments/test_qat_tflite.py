@@ -21,7 +21,7 @@ from edgekd.quantize import make_recipe, propose, quantize
 from edgekd.quantize.calibrate import calibration_set
 from edgekd.quantize.qat import QatModule, learned_ranges, prepare_qat
 from edgekd.quantize.structure import Kind, structure_of
-from edgekd.records import Capabilities, Format, Precision
+from edgekd.records import Capabilities, Format, Precision, SupportReport
 from edgekd.registry import load
 from edgekd.tasks import Classification
 from tests.contracts.litert_nets import Recurrent, Residual, SqueezeExcite, Transformer, convert, images, sequences, sqnr_db
@@ -136,6 +136,10 @@ class LiteRtRuntime:
     """The interpreter in this process."""
 
     infer = staticmethod(_litert.host_infer)
+
+    def supports(self, model: StoredArtifact) -> SupportReport:
+        """Every file is run."""
+        return SupportReport(supported=True)
 
 
 def computing_float(model: StoredArtifact) -> int:
