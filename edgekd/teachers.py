@@ -219,14 +219,7 @@ class OnnxTeacher(AnsweringTeacher):
     def _open(self) -> Any:
         if self._session is None:
             try:
-                import onnxruntime as ort
-            except ImportError as error:
-                raise MissingDependency("onnxruntime", "x86", purpose="an ONNX teacher") from error
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            options.intra_op_num_threads = 1
-            try:
-                self._session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+                self._session = ort_session(self.path, purpose="an ONNX teacher", log_level=3)
             except ort_errors() as error:
                 raise ModelError("the teacher's ONNX file cannot be run", found=first_line(error), hint="export it again", subject=self.path) from error
         return self._session
@@ -251,10 +244,28 @@ class OnnxTeacher(AnsweringTeacher):
         return file_hash(self.path)
 
 
-def ort_errors() -> tuple[type[Exception], ...]:
-    """Whatever ONNX Runtime raises on a model that it does not load or run."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as states
+def ort_session(path: Path, *, purpose: str, log_level: int) -> Any:
+    """A session of a file in this process, as it runs on a host: one thread, ONNX Runtime's own optimizations.
 
+    Raises:
+        MissingDependency: onnxruntime is not installed. One of `ort_errors()`: it does not load the file.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingDependency("onnxruntime", "x86", purpose=purpose) from error
+    options = ort.SessionOptions()
+    options.log_severity_level = log_level
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def ort_errors() -> tuple[type[Exception], ...]:
+    """Whatever ONNX Runtime raises on a model that it does not load or run; nothing where it is not installed."""
+    try:
+        from onnxruntime.capi import onnxruntime_pybind11_state as states
+    except ImportError:
+        return ()
     return tuple(item for item in vars(states).values() if isinstance(item, type) and issubclass(item, Exception))
 
 

@@ -138,9 +138,10 @@ def estimate_latency(measurement: Measurement, percentile: float, clock: Clock =
         MeasurementInvalid: there is no valid launch.
         InputError: a verdict-grade launch has fewer inferences than the percentile needs.
     """
-    if not launches_for(measurement, clock):
+    launches = launches_for(measurement, clock)
+    if not launches:
         raise _nothing_valid(measurement)
-    x = np.log(latencies_ms(launches_for(measurement, clock), percentile, clock, enough=measurement.grade is Grade.VERDICT))
+    x = np.log(latencies_ms(launches, percentile, clock, enough=measurement.grade is Grade.VERDICT))
     if x.size == 1:
         return Interval(*(float(np.exp(x[0])),) * 3)
     return Interval(*(math.exp(value) for value in serial_mean_bounds(x, confidence)))

@@ -18,6 +18,7 @@ from edgekd.parity.blame import Compare, blame
 from edgekd.parity.compare import BASE_DEPTH, compare_hop
 from edgekd.parity.graph import depth_told
 from edgekd.records import HopParity, IOSpec, Precision, TensorSpec
+from edgekd.teachers import tensors_of
 from edgekd.tree import flatten_outputs, to_numpy
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def torch_outputs(module: torch.nn.Module, inputs: Tensors) -> dict[str, Array]:
     parts: list[dict[str, Any]] = []
     with torch.no_grad():
         for at in range(len(next(iter(inputs.values())))):
-            given = [torch.from_numpy(value[at : at + 1].copy()) for value in inputs.values()]
+            given = tensors_of({name: value[at : at + 1] for name, value in inputs.items()})
             parts.append(flatten_outputs(module(*given)))
     return {name: np.concatenate([to_numpy(part[name]) for part in parts]) for name in parts[0]}
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.contracts import Array, Tensors
-from edgekd.errors import ConversionRejected, MissingDependency
+from edgekd.errors import ConversionRejected
 from edgekd.models.onnx_file import depth_of, first_line, require_onnx, write_model
 from edgekd.models.onnx_processing import Step
 from edgekd.parity.compare import BASE_DEPTH, Tolerance, compare_hop, compare_tensors, tolerance_for
@@ -134,18 +134,11 @@ def _overlaps(low: Array, high: Array, area: Array, index: int, others: Sequence
 
 def _outputs(path: Path, inputs: Tensors) -> dict[str, list[Array]]:
     """What a file gives, inference by inference; a fixed batch of more than one is filled up with the last sample."""
-    from edgekd.teachers import ort_errors
+    from edgekd.teachers import ort_errors, ort_session
 
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingDependency("onnxruntime", "x86", purpose="comparing a file that holds its processing") from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
     found: dict[str, list[Array]] = {}
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort_session(path, purpose="comparing a file that holds its processing", log_level=4)
         wanted = session.get_inputs()
         step = max((item.shape[0] for item in wanted if item.shape and isinstance(item.shape[0], int)), default=1)
         count = len(next(iter(inputs.values())))

@@ -152,7 +152,7 @@ class CandidateBench:
             Rejected: the candidate cannot be converted, its file holds too many transpositions, or it cannot be made int8 where nothing else is wanted.
         """
         model = self._float(spec, None)
-        self.context.hold_transposes(model, self.context.space.build(spec, self.context.seed))
+        self.context.hold_transposes(model, lambda: self.context.space.build(spec, self.context.seed))
         out = {Precision.FP32.value: model} if self.context.wants(Precision.FP32) else {}
         if self.context.wants(Precision.INT8) and spec.label() not in self.float_only:
             try:

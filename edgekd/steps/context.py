@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,10 +107,10 @@ class Context:
         request = ConvertRequest(source=source, folder=folder, iospec=self.iospec(), example=self.validation.all(1).inputs, notes=self.file_notes())
         return self.toolchain.converter("exporter").convert(request)
 
-    def hold_transposes(self, model: StoredArtifact, module: torch.nn.Module | None) -> None:
+    def hold_transposes(self, model: StoredArtifact, built: Callable[[], torch.nn.Module] | None) -> None:
         """Refuse a float file with more transpositions than the options allow or, without a number there, a TFLite file with more than its module asks for.
 
-        `module` is what the file was made from; nothing for a file that was taken as it is.
+        `built` gives what the file was made from, where it is asked for; nothing for a file that was taken as it is.
 
         Raises:
             ConversionRejected: names the count, the operators and what removes them.
@@ -118,8 +118,8 @@ class Context:
         asked = self.options.convert.max_transposes
         if asked is not None:
             bound = asked_bound(asked)
-        elif module is not None and self.toolchain.format is Format.TFLITE:
-            bound = module_bound(module, self.validation.all(1).inputs, self.iospec())
+        elif built is not None and self.toolchain.format is Format.TFLITE:
+            bound = module_bound(built(), self.validation.all(1).inputs, self.iospec())
         else:
             return
         require_bound(model, bound, self.toolchain.exporter)

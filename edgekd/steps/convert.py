@@ -45,7 +45,7 @@ def run_convert(context: Context, folder: Path, spec: StudentSpec, weights: Path
         load_weights(module, weights)
         module.eval()
         model = context.export(module, place)
-        context.hold_transposes(model, module)
+        context.hold_transposes(model, lambda: module)
         run, hop = TorchTeacher(module).outputs, context.toolchain.export_hop
     reference = run(inputs)
     device = context.device_outputs(model, inputs)
