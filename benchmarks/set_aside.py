@@ -27,7 +27,7 @@ from edgekd.target import connect
 
 WIDTH, DEPTH = 512, 12
 PERCENTILES = (10.0, 50.0, 90.0)
-LOOK_S = 0.01
+LOOK_S = 0.002
 PROTOCOL = LaunchProtocol(warmup_min_s=0.5, warmup_max_s=2.0, min_samples=200, min_time_s=0.5, max_time_s=10.0)
 
 

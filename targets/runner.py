@@ -40,15 +40,13 @@ from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 LOCK_NAME = "edgekd-device.lock"
-LOOK_S = 0.002
-"""How long one look at the sentinel within a launch lasts at least; it takes three runs at least, too."""
 _OF_A_LAUNCH = ("backend", "threads", "options", "protocol", "sentinel_max_ns")
 RUNTIME_ERRORS: list[type[Exception]] = [RuntimeError]
 
 
 _device = runpy.run_path(os.path.join(HERE, "runner_device.py"))
 fingerprint, memory_bytes, read_text = _device["fingerprint"], _device["memory_bytes"], _device["read_text"]
-sentinel_ns, snapshot, stat_ticks = _device["sentinel_ns"], _device["snapshot"], _device["stat_ticks"]
+look_ns, snapshot, stat_ticks = _device["look_ns"], _device["snapshot"], _device["stat_ticks"]
 
 
 class JobError(Exception):
@@ -179,7 +177,7 @@ def warm_up(step: Callable[[int], int], protocol: dict[str, Any]) -> tuple[int, 
 def timed_loop(step: Callable[[int], int], protocol: dict[str, Any], slow_ns: int | None) -> dict[str, Any]:
     """The timed inferences, and with `slow_ns` how the sentinel was beside them.
 
-    Then the inferences come in parts of `look_s` seconds with a look at the sentinel between two parts. A part counts if neither look beside it took
+    Then the inferences come in parts of `look_s` seconds with one run of the sentinel between two parts. A part counts if neither look beside it took
     longer than `slow_ns`; otherwise the machine was disturbed and the part is set aside, whatever its own times. While it is disturbed a part is a
     single inference, so that a calm moment is found soon. `min_samples` and `min_time_s` are asked of what counts, `max_time_s` of all. A launch that
     misses them because of what was set aside is invalid, and holds all its inferences. One so slow that `max_time_s` ends it before `min_samples` on a
@@ -190,9 +188,9 @@ def timed_loop(step: Callable[[int], int], protocol: dict[str, Any], slow_ns: in
     everything: list[int] = []
     counted_ns, worst_ns = 0, None
     begin = end = clock()
-    look_ns = 0 if slow_ns is None else sentinel_ns(LOOK_S)
+    seen_ns = 0 if slow_ns is None else look_ns()
     while end - begin < protocol["max_time_s"] * 1e9 and (counted_ns < protocol["min_time_s"] * 1e9 or len(samples) < protocol["min_samples"]):
-        start, before_ns = clock(), look_ns
+        start, before_ns = clock(), seen_ns
         part = [step(len(everything))]
         end = clock()
         while slow_ns is not None and before_ns <= slow_ns and end - start < protocol["look_s"] * 1e9:
@@ -200,10 +198,10 @@ def timed_loop(step: Callable[[int], int], protocol: dict[str, Any], slow_ns: in
             end = clock()
         everything += part
         if slow_ns is not None:
-            look_ns = sentinel_ns(LOOK_S)
-            if max(before_ns, look_ns) > slow_ns:
+            seen_ns = look_ns()
+            if max(before_ns, seen_ns) > slow_ns:
                 continue
-            worst_ns = max(worst_ns or 0, before_ns, look_ns)
+            worst_ns = max(worst_ns or 0, before_ns, seen_ns)
         samples += part
         counted_ns += end - start
     found: dict[str, Any] = {"samples_ns": samples}

@@ -101,17 +101,22 @@ def os_name(text: str) -> str:
     return match.group(1) if match else platform.system()
 
 
-def sentinel_ns(window_s: float = 0.15) -> int:
-    """The shortest of at least three runs of a fixed kernel within the window, in nanoseconds; slower means a slower machine.
+def look_ns() -> int:
+    """How long one run of a fixed kernel takes, in nanoseconds; longer means a slower machine at this moment.
 
     The kernel is a power modulo a prime: one loop of C over 70 bytes. Python's own loops differ by a tenth from process to process, with their addresses.
     """
-    times: list[int] = []
+    start = time.perf_counter_ns()
+    pow(3, _PRIME - 2, _PRIME)
+    return time.perf_counter_ns() - start
+
+
+def sentinel_ns(window_s: float = 0.15) -> int:
+    """The shortest of at least three runs of the kernel within the window, in nanoseconds: how fast the machine was at its calmest."""
     end = time.perf_counter_ns() + int(window_s * 1e9)
-    while len(times) < 3 or time.perf_counter_ns() < end:
-        start = time.perf_counter_ns()
-        pow(3, _PRIME - 2, _PRIME)
-        times.append(time.perf_counter_ns() - start)
+    times = [look_ns(), look_ns(), look_ns()]
+    while time.perf_counter_ns() < end:
+        times.append(look_ns())
     return min(times)
 
 

@@ -38,10 +38,12 @@ def refusal(path: Path | str, *overrides: str) -> str:
 def test_local_has_the_defaults_of_the_record_but_looks_at_the_sentinel_and_says_what_proved_it() -> None:
     profile = load_profile("local")
     defaults = MeasureConfig()
-    assert (profile.measure.screen.launch.look_s, profile.measure.verdict.launch.look_s) == (0.01, 0.01)
+    assert (profile.measure.screen.launch.look_s, profile.measure.verdict.launch.look_s) == (0.002, 0.002)
     assert msgspec.structs.replace(profile.measure, screen=defaults.screen, verdict=defaults.verdict) == defaults
     for plan, default in ((profile.measure.screen, defaults.screen), (profile.measure.verdict, defaults.verdict)):
-        assert msgspec.structs.replace(plan, launch=msgspec.structs.replace(plan.launch, look_s=0.0)) == default
+        launch = msgspec.structs.replace(plan.launch, look_s=0.0, max_time_s=default.launch.max_time_s)
+        assert msgspec.structs.replace(plan, launch=launch) == default
+    assert profile.measure.screen.launch.max_time_s == 10.0  # a launch waits for calm parts
     assert (profile.transport.kind, profile.runtime.kind, profile.runtime.threads) == ("local", "onnxruntime", 1)
     assert profile.runtime.precisions == (Precision.INT8, Precision.FP32)
     assert profile.proven_on == ("x86_64 avx512 vnni",)

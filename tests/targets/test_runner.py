@@ -6,7 +6,6 @@ import ast
 import itertools
 import json
 import os
-import re
 import runpy
 import shutil
 import signal
@@ -29,72 +28,10 @@ SUPERVISOR = ROOT / "targets" / "transports" / "_supervise.py"
 WAIT_S = 30.0
 PROTOCOL = {"warmup_min_s": 0.0, "warmup_max_s": 0.0, "warmup_drift": 0.1, "min_samples": 20, "min_time_s": 0.0, "max_time_s": 5.0, "gap_s": 0.0}
 
-X86_VNNI = """processor\t: 0
-vendor_id\t: AuthenticAMD
-model name\t: AMD EPYC 9454P 48-Core Processor
-cpu MHz\t\t: 2745.130
-flags\t\t: fpu vme sse4_2 fma avx f16c avx2 avx512f avx512dq avx512_bf16 avx512_vnni
-vmx flags\t: vnmi preemption_timer
-
-processor\t: 1
-model name\t: AMD EPYC 9454P 48-Core Processor
-cpu MHz\t\t: 3801.002
-flags\t\t: fpu vme sse4_2 fma avx f16c avx2 avx512f avx512dq avx512_bf16 avx512_vnni
-"""
-X86_HYBRID = """processor\t: 0
-model name\t: 12th Gen Intel(R) Core(TM) i7-1260P
-flags\t\t: fpu avx avx2 fma avx_vnni avx512f
-
-processor\t: 1
-model name\t: 12th Gen Intel(R) Core(TM) i7-1260P
-flags\t\t: fpu avx avx2 fma avx_vnni
-"""
-ARM_PI5 = """processor\t: 0
-BogoMIPS\t: 108.00
-Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp
-CPU implementer\t: 0x41
-CPU architecture: 8
-CPU variant\t: 0x4
-CPU part\t: 0xd0b
-CPU revision\t: 1
-
-Revision\t: d04170
-Model\t\t: Raspberry Pi 5 Model B Rev 1.0
-"""
-ARM_BIG_LITTLE = """processor\t: 0
-Features\t: fp asimd evtstrm
-CPU implementer\t: 0x41
-CPU part\t: 0xd03
-
-processor\t: 4
-Features\t: fp asimd evtstrm asimddp i8mm
-CPU implementer\t: 0x41
-CPU part\t: 0xd41
-
-processor\t: 5
-Features\t: fp asimd evtstrm asimddp i8mm
-CPU implementer\t: 0x99
-CPU part\t: 0x7
-"""
-STAT = """cpu  7193 10 2738 228525 244 5 36 111 50 0
-cpu0 702 0 696 117902 21 0 4 2 0 0
-intr 12345 0 9
-"""
-
 
 @pytest.fixture(scope="module")
 def runner() -> dict[str, Any]:
     return runpy.run_path(str(RUNNER), run_name="runner")
-
-
-@pytest.fixture(scope="module")
-def device() -> dict[str, Any]:
-    return runpy.run_path(str(DEVICE))
-
-
-@pytest.fixture(scope="module")
-def backend() -> dict[str, Any]:
-    return runpy.run_path(str(BACKEND))
 
 
 def benchmark_job(tmp_path: Path, launches: int, **changes: Any) -> list[str]:
@@ -162,79 +99,7 @@ def test_runner_speaks_under_python_3_8_without_any_package(tmp_path: Path) -> N
     assert b"3.8" in subprocess.run([refused["python"], "--version"], capture_output=True, check=True).stdout
 
 
-# ---- what it reads off a device
-
-
-@pytest.mark.parametrize(
-    ("text", "model", "isa"),
-    [
-        (X86_VNNI, "AMD EPYC 9454P 48-Core Processor", "avx avx2 avx512 avx512_bf16 f16c fma vnni"),
-        (X86_HYBRID, "12th Gen Intel(R) Core(TM) i7-1260P", "avx avx2 avx_vnni fma"),
-        (ARM_PI5, "Cortex-A76", "dotprod fp16 neon"),
-        (ARM_BIG_LITTLE, "Arm implementer 0x99 part 0x7 + Cortex-A53 + Cortex-A78", "neon"),
-        ("CPU implementer : junk\nCPU part : 0xd0b\n", "Arm implementer junk part 0xd0b", ""),
-        ("Hardware\t: BCM2835\n", "BCM2835", ""),
-        ("", "unknown", ""),
-    ],
-)
-def test_cpuinfo_gives_model_and_common_instruction_sets(device: dict[str, Any], text: str, model: str, isa: str) -> None:
-    assert device["cpu_model"](text) == model
-    assert device["isa_text"](text) == isa
-
-
-def test_cpuinfo_gives_largest_clock_or_nothing(device: dict[str, Any]) -> None:
-    assert device["cpuinfo_mhz"](X86_VNNI) == 3801.002
-    assert device["cpuinfo_mhz"](ARM_PI5) is None
-
-
-def test_stat_gives_stolen_share_between_two_readings(device: dict[str, Any]) -> None:
-    before = device["stat_ticks"](STAT)
-    assert before == (111, 7193 + 10 + 2738 + 228525 + 244 + 5 + 36 + 111)
-    after = device["stat_ticks"](STAT.replace(" 7193 ", " 7268 ").replace(" 111 ", " 136 "))
-    assert device["steal_share"](before, after) == pytest.approx(0.25)
-    assert device["steal_share"](before, before) is None
-    assert device["stat_ticks"]("cpu  1 2 3 4\n") is None
-    assert device["stat_ticks"]("") is None
-
-
-@pytest.mark.parametrize(
-    ("text", "celsius"), [("45500\n", 45.5), ("45\n", 45.0), ("-256000", None), ("0", None), ("130000", None), ("127500", 127.5), ("", None), ("n/a", None)]
-)
-def test_thermal_zone_ignores_what_no_working_sensor_says(device: dict[str, Any], text: str, celsius: float | None) -> None:
-    assert device["zone_celsius"](text) == celsius
-
-
-def test_memory_and_system_are_read_with_their_units(device: dict[str, Any]) -> None:
-    assert device["memory_bytes"]("MemTotal:       1000 kB\nMemAvailable:    500 kB\n", "MemAvailable") == 512_000
-    assert device["memory_bytes"]("VmHWM:\t     2 kB\n", "VmHWM") == 2048
-    assert device["memory_bytes"]("", "MemTotal") is None
-    assert device["os_name"]('NAME="x"\nPRETTY_NAME="Ubuntu 22.04.4 LTS"\n') == "Ubuntu 22.04.4 LTS"
-
-
-@pytest.mark.parametrize(
-    ("message", "operator"),
-    [
-        ("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find an implementation for Conv(11) node with name 'c1'", "Conv"),
-        ("[ONNXRuntimeError] : 1 : FAIL : Fatal error: made.up:Wobble(-1) is not a registered function/op", "Wobble"),
-        ("No Op registered for Gelu2 with domain_version of 18", "Gelu2"),
-        ("Protobuf parsing failed.", ""),
-    ],
-)
-def test_message_of_runtime_gives_operator(backend: dict[str, Any], message: str, operator: str) -> None:
-    assert backend["Backend"].failing_operator(message) == operator
-
-
-def test_op_table_takes_median_of_last_runs_in_order(backend: dict[str, Any]) -> None:
-    def event(name: str, duration: int, cat: str = "Node") -> dict[str, Any]:
-        return {"cat": cat, "name": name, "dur": duration, "args": {"op_name": name[:4], "provider": "P", "node_index": "1"}}
-
-    events = [event("Conv_kernel_time", 900), event("Relu_kernel_time", 80), event("Conv_fence_before", 5), event("model_run", 7, "Session")]
-    events += [event("Conv_kernel_time", 30), event("Relu_kernel_time", 1), event("Conv_kernel_time", 40), event("Relu_kernel_time", 3)]
-    events += [event("Conv_kernel_time", 50), event("Relu_kernel_time", 2)]
-    assert backend["op_table"](events, 3) == [
-        {"name": "Conv", "op_type": "Conv", "provider": "P", "time_ns": 40_000},
-        {"name": "Relu", "op_type": "Relu", "provider": "P", "time_ns": 2_000},
-    ]
+# ---- what it makes of a job
 
 
 def test_feeds_have_batch_one_or_the_fixed_batch(runner: dict[str, Any]) -> None:
@@ -247,78 +112,6 @@ def test_feeds_have_batch_one_or_the_fixed_batch(runner: dict[str, Any]) -> None
     assert feeds[2]["x"].tolist() == [[8, 9], [8, 9]]
     feeds, _, _ = runner["make_feeds"]([("x", [2])], data)
     assert feeds[4]["x"].tolist() == [8, 9]
-
-
-@pytest.mark.parametrize(
-    ("windows", "limit", "runs"),
-    [
-        ([100] * 5, 0.05, 15),
-        ([200, 150, 100, 100, 100, 100, 100], 0.05, 18),
-        ([200, 180, 160, 140, 120, 100, 100, 100, 100, 100], 0.05, 27),
-        ([100, 104, 100, 104, 100], 0.005, 15),
-        ([100, 100, 150, 100, 100], 0.005, 15),
-    ],
-)
-def test_warm_up_stops_when_medians_of_five_windows_have_no_slope(runner: dict[str, Any], windows: list[int], limit: float, runs: int) -> None:
-    def step(index: int) -> int:
-        return windows[min(index // 3, len(windows) - 1)]
-
-    done, _, drift = runner["warm_up"](step, {"warmup_min_s": 0.0, "warmup_max_s": 30.0, "warmup_drift": limit})
-    assert done == runs
-    assert drift < limit
-
-
-def test_warm_up_ends_at_its_longest_and_says_what_it_reached(runner: dict[str, Any]) -> None:
-    done, seconds, drift = runner["warm_up"](lambda index: 1_000_000 - 1000 * (index // 3), {"warmup_min_s": 0.0, "warmup_max_s": 0.02, "warmup_drift": 0.0})
-    assert done >= 15
-    assert seconds >= 0.02
-    assert drift is not None
-    assert drift > 0.0
-    assert runner["warm_up"](lambda index: 1, {"warmup_min_s": 1.0, "warmup_max_s": 0.0, "warmup_drift": 0.01})[::2] == (0, None)
-
-
-LOOKING = PROTOCOL | {"look_s": 0.0, "min_samples": 4}
-
-
-def looking(runner: dict[str, Any], monkeypatch: pytest.MonkeyPatch, looks: list[int], protocol: dict[str, Any] = LOOKING) -> dict[str, Any]:
-    """The timed loop of a model whose inferences take 0, 1, 2, ... ns, with a sentinel that takes these times, the last one for ever."""
-    seen = iter(looks)
-    monkeypatch.setitem(runner["timed_loop"].__globals__, "sentinel_ns", lambda window_s: next(seen, looks[-1]))
-    found: dict[str, Any] = runner["timed_loop"](lambda index: index, protocol, 100)
-    return found
-
-
-def test_inferences_beside_a_slow_sentinel_are_set_aside(runner: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = looking(runner, monkeypatch, [90, 95, 101, 150, 99, 100, 91, 90])
-    assert found == {"samples_ns": [0, 4, 5, 6], "sentinel_ns": 100, "set_aside": 3}
-
-
-def test_launch_that_never_finds_the_device_calm_is_invalid(runner: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = looking(runner, monkeypatch, [90, 90, 90, 101], LOOKING | {"max_time_s": 0.05})
-    assert found["set_aside"] > 4
-    assert found["samples_ns"] == list(range(found["set_aside"] + 2))  # what a rejected launch saw stays known
-    assert re.fullmatch(r"slowed: 2 of \d+ inferences \(.* of 0\.05 s\) were beside a calm sentinel, 4 \(0 s\) needed", found["invalid"])
-    assert looking(runner, monkeypatch, [101], LOOKING | {"max_time_s": 0.05})["sentinel_ns"] is None
-
-
-def test_launch_must_count_its_least_time_and_more_than_half_of_a_slow_model(runner: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    short = looking(runner, monkeypatch, [90] * 6 + [101], LOOKING | {"min_time_s": 0.03, "max_time_s": 0.05})
-    assert short["set_aside"] > 0
-    assert "(0.03 s) needed" in short["invalid"]
-    many = LOOKING | {"min_samples": 10**9, "max_time_s": 0.05}
-    assert "invalid" not in looking(runner, monkeypatch, [101, *[90] * 10**6], many)
-    assert looking(runner, monkeypatch, [90, 90, 101], many)["invalid"].startswith("slowed: 1 of ")
-
-
-def test_parts_last_as_long_as_asked_and_one_inference_beside_a_slow_look(runner: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = looking(runner, monkeypatch, [101, 101, 101, 90, 90], LOOKING | {"look_s": 0.02, "min_samples": 20})
-    assert found["set_aside"] == 3
-    assert found["samples_ns"][0] == 3
-    assert len(found["samples_ns"]) > 20  # a part is not cut short
-
-
-def test_loop_without_looks_takes_what_is_asked(runner: dict[str, Any]) -> None:
-    assert runner["timed_loop"](lambda index: index, LOOKING, None) == {"samples_ns": [0, 1, 2, 3]}
 
 
 def test_tidy_removes_what_was_used_longest_ago(runner: dict[str, Any], tmp_path: Path) -> None:
