@@ -13,7 +13,9 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Tensors
+from edgekd.errors import ConversionRejected, MissingDependency
 from edgekd.models.onnx_file import load_model, require_onnx
+from edgekd.teachers import ort_errors
 
 
 class Noise(logging.Handler):
@@ -69,9 +71,15 @@ def last_message(error: BaseException) -> str:
 
 
 def plain_session(model: Any) -> Any:
-    """A session of a model in this process, unoptimized, one thread."""
-    import onnxruntime as ort
+    """A session of a model in this process, unoptimized, one thread.
 
+    Raises:
+        MissingDependency: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingDependency("onnxruntime", "x86", purpose="running an ONNX model") from error
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
@@ -80,18 +88,28 @@ def plain_session(model: Any) -> Any:
 
 
 def host_infer(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ()) -> dict[str, Array]:
-    """Outputs and tapped tensors for all samples, `(samples, ...)`, by onnxruntime in this process, unoptimized, one thread, one by one."""
+    """Outputs and tapped tensors for all samples, `(samples, ...)`, by onnxruntime in this process, unoptimized, one thread, one by one.
+
+    Raises:
+        MissingDependency: onnx or onnxruntime is not installed.
+        ConversionRejected: onnxruntime does not load or run the model; names the operator or the input as its message does.
+    """
     onnx = require_onnx("running an ONNX model")
     proto = load_model(model.entry)
     present = {item.name for item in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps if name not in present)
-    session = plain_session(proto)
-    names = [item.name for item in session.get_outputs()]
-    wanted = [item.name for item in session.get_inputs()]
-    parts: dict[str, list[Array]] = {name: [] for name in names}
-    for position in range(len(next(iter(inputs.values())))):
-        feed = {name: np.ascontiguousarray(inputs[name][position : position + 1]) for name in wanted}
-        for name, value in zip(names, session.run(names, feed), strict=True):
-            part = np.asarray(value)
-            parts[name].append(part if part.ndim and part.shape[0] == 1 else part[None])
+    try:
+        session = plain_session(proto)
+        names = [item.name for item in session.get_outputs()]
+        wanted = [item.name for item in session.get_inputs()]
+        parts: dict[str, list[Array]] = {name: [] for name in names}
+        for position in range(len(next(iter(inputs.values())))):
+            feed = {name: np.ascontiguousarray(inputs[name][position : position + 1]) for name in wanted}
+            for name, value in zip(names, session.run(names, feed), strict=True):
+                part = np.asarray(value)
+                parts[name].append(part if part.ndim and part.shape[0] == 1 else part[None])
+    except ort_errors() as error:
+        raise ConversionRejected(
+            "onnxruntime does not run the model on this host", found=last_message(error), hint="check its operators and inputs", subject=str(model.entry)
+        ) from error
     return {name: np.concatenate(pieces) for name, pieces in parts.items()}

@@ -245,8 +245,6 @@ def _prove(infer: Infer, stored: StoredArtifact, made: Any, inputs: Tensors, mem
     Raises:
         ConversionRejected: it does not run, or a tensor is NaN or Inf; names the first.
     """
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, NotImplemented, RuntimeException
-
     given = dict(inputs) if keep_io else {spec.name: inputs[spec.name].astype(spec.dtype) for spec in stored.record.iospec.inputs}
     try:
         observe(infer, stored, given, float_tensors(made), memory_mb=memory_mb)
@@ -259,7 +257,7 @@ def _prove(infer: Infer, stored: StoredArtifact, made: Any, inputs: Tensors, mem
                 subject=error.subject,
             ) from error
         raise
-    except (Fail, InvalidArgument, InvalidGraph, NotImplemented, RuntimeException) as error:
+    except ConversionRejected as error:
         raise ConversionRejected(
             "the float16 model does not run", found=last_message(error), hint="deploy it in float32", subject=stored.record.entry
         ) from error

@@ -17,6 +17,7 @@ from edgekd.identity.provenance import code_hash
 from edgekd.records import Probe, StudentSpec, TensorSpec
 from edgekd.spaces import call_factory
 from edgekd.storage import write_atomic
+from edgekd.teachers import tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +156,7 @@ def _probe_outputs(module: torch.nn.Module, inputs: Tensors) -> dict[str, NDArra
     module.eval()
     try:
         with torch.no_grad():
-            outputs = flatten_outputs(module(*(torch.from_numpy(np.ascontiguousarray(value)) for value in inputs.values())))
+            outputs = flatten_outputs(module(*tensors_of(inputs)))
     finally:
         module.train(training)
     kept = {}

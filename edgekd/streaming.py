@@ -14,7 +14,7 @@ from edgekd.contracts import Array, Tensors
 from edgekd.errors import ConversionRejected, DataError, MissingDependency, ModelError, ParityRejected, near_names
 from edgekd.parity.compare import BASE_DEPTH, compare_hop, tolerance_for
 from edgekd.records import HopParity, IOSpec, Precision, StatePair, TensorSpec
-from edgekd.teachers import MODEL_ERRORS
+from edgekd.teachers import MODEL_ERRORS, tensors_of
 from edgekd.tree import first_line, flatten_outputs
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def streaming_cell(module: torch.nn.Module, example: Any, *, time_axis: int = 1,
     cell = Cell(net, [None if name in static else time_axis for name in names], squeezed, {path: tuple(own) for path, own in sizes.items()}).eval()
     fed = _by_step(arrays, time_axis, static)
     states = {name: size for own in sizes.values() for name, size in own.items()}
-    first = [*(torch.from_numpy(np.ascontiguousarray(array[:, 0])) for array in fed.values()), *_zeros(states, len(next(iter(fed.values()))))]
+    first = [*tensors_of({name: array[:, 0] for name, array in fed.items()}), *_zeros(states, len(next(iter(fed.values()))))]
     try:
         with torch.no_grad():
             answer = cell(*first)
@@ -148,7 +148,8 @@ def _stepped(module: torch.nn.Module, iospec: IOSpec, fed: Tensors) -> dict[str,
     parts: dict[str, list[Array]] = {tensor.name: [] for tensor in iospec.outputs}
     with torch.no_grad():
         for step in range(count):
-            given = {**{name: torch.from_numpy(np.ascontiguousarray(array[:, step])) for name, array in fed.items()}, **states}
+            now = tensors_of({name: array[:, step] for name, array in fed.items()})
+            given = {**dict(zip(fed, now, strict=True)), **states}
             answer = module(*(given[tensor.name] for tensor in iospec.inputs))
             states = {name: answer[output] for name, output in pairs.items()}
             for name, value in answer.items():
@@ -307,7 +308,7 @@ def _outputs(net: torch.nn.Module, arrays: Tensors, watched: Mapping[str, torch.
     handles = [watch(path or type(layer).__name__, layer) for path, layer in watched.items()]
     try:
         with torch.no_grad():
-            found = flatten_outputs(net(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays.values())))
+            found = flatten_outputs(net(*tensors_of(arrays)))
     except MODEL_ERRORS as error:
         shapes = {name: array.shape for name, array in arrays.items()}
         raise ConversionRejected(

@@ -15,6 +15,7 @@ from edgekd.operators.hop import Hop, Trouble, flat_call
 from edgekd.operators.replacements import TYPES, replacement_for
 from edgekd.operators.report import Culprit
 from edgekd.operators.sets import OperatorWatch, describe_call, dispatch_watch, module_kind, operator_name
+from edgekd.teachers import tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -187,7 +188,7 @@ def _record(module: torch.nn.Module, inputs: Tensors) -> dict[str, list[_Call]]:
     hooks = [layer.register_forward_pre_hook(remember(path), with_kwargs=True) for path, layer in module.named_modules()]
     try:
         with torch.no_grad():
-            module(*(torch.from_numpy(value.copy()) for value in inputs.values()))
+            module(*tensors_of(inputs))
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import numpy as np
-
 from edgekd.contracts import StudentSpace, Tensors
 from edgekd.errors import Rejected
 from edgekd.records import StudentSpec
 from edgekd.search.model import Candidate
 from edgekd.search.predictor import choice_features
+from edgekd.teachers import tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +38,7 @@ def count_size(module: torch.nn.Module, example: Tensors, watch: AbstractContext
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    inputs = [torch.from_numpy(np.ascontiguousarray(value[:1])) for value in example.values()]
+    inputs = tensors_of({name: value[:1] for name, value in example.items()})
     training = module.training
     module.eval()
     counter = FlopCounterMode(display=False)

@@ -67,9 +67,11 @@ def to_int8(
     def time_ms(models: dict[str, StoredArtifact]) -> dict[str, float]:
         seen = context.screen(models)
         timed.append({models[name].record.content_hash(): one for name, one in seen.items()})
+        disturbed.update(one.measurement.reason for one in seen.values() if not one.measurement.valid)
         return {name: one.latency_ms for name, one in seen.items()}
 
     timed: list[dict[str, Screened]] = []
+    disturbed: set[str] = set()
     result = quantize(
         source,
         target=context.target,
@@ -92,7 +94,8 @@ def to_int8(
         before, after = (replace(together[-1][key], label=name) for key, name in names.items())
     else:
         before, after = context.screen({label: source, f"{label} int8": result.artifact}).values()
-    return Int8(result, before, after)
+    doubts = tuple(f"chosen by latencies of a screen that is not valid: {reason}" for reason in sorted(disturbed))
+    return Int8(replace(result, notes=result.notes + doubts), before, after)
 
 
 def tried_rows(context: Context, stage: str, result: QuantizeResult, *, of: str = "") -> list[LedgerRow]:

@@ -17,6 +17,7 @@ from edgekd.contracts import Array, BenchmarkRequest, Tensors, Transport
 from edgekd.errors import DataError, MissingDependency, ModelError, ProfileError, UnsupportedModel, near_names
 from edgekd.records import Capabilities, Clock, Fingerprint, Format, Launch, OpTime, Precision, Profile, Snapshot, SupportReport
 from edgekd.storage import sha256_bytes
+from edgekd.teachers import ort_errors
 
 from ._models import compared_names, fitting_request, in_sequence, out_of_sequence, output_names, refused_record, tap, with_state
 from .null_costs import CHANNEL_STEPS, FORMULA_VERSION, GraphCost, graph_cost
@@ -236,17 +237,10 @@ class NullRuntime:
         return self._sessions[key]
 
 
-def _runtime_errors() -> tuple[type[Exception], ...]:
-    """Whatever ONNX Runtime raises."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as states
-
-    return tuple(item for item in vars(states).values() if isinstance(item, type) and issubclass(item, Exception))
-
-
 def _run(session: Any, names: list[str], feed: dict[str, Array]) -> list[Any]:
     try:
         outputs: list[Any] = session.run(names, feed)
-    except _runtime_errors() as error:
+    except ort_errors() as error:
         raise ModelError("the model does not run with these inputs", found=str(error).splitlines()[0], hint="compare shapes with the model's IOSpec") from error
     return outputs
 
@@ -271,7 +265,7 @@ def _open_session(path: Path, taps: tuple[str, ...]) -> Any:
         source = model.SerializeToString()
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except _runtime_errors() as error:
+    except ort_errors() as error:
         raise UnsupportedModel(
             f"ONNX Runtime refuses {path.name}", found=str(error).splitlines()[0], hint="export it with another opset", subject=path.name
         ) from error

@@ -272,3 +272,12 @@ def test_old_operator_sets_are_raised_and_recorded(tmp_path: Path) -> None:
     assert made.record.opset == 13
     assert made.record.metadata["upgraded_from_opset"] == "11"
     assert sha256_file(made.entry) == made.record.files["model.onnx"]
+
+
+def test_calibration_on_the_host_tells_what_onnxruntime_says(tmp_path: Path) -> None:
+    """Without a runtime of a target the ranges are observed here, and ONNX Runtime's own errors must not come out as they are."""
+    request = dataclasses.replace(quantize_request(prepare(exported_convnet(), IMAGE, tmp_path / "p"), IMAGE, tmp_path), infer=None)
+    wide = {"image": noise(16, 3, 8, 9)}
+    with pytest.raises(ConversionRejected, match=r"does not run the model on this host; found: InvalidArgument: .*invalid dimensions for input: image"):
+        load("converters", "qdq-from-onnx")().convert(dataclasses.replace(request, calibration=calibration_set(wide, split="train")))
+    assert load("converters", "qdq-from-onnx")().convert(request).record.precision is Precision.INT8

@@ -42,6 +42,14 @@ class Closed(Null):
         if taps:
             raise UnsupportedModel("this device keeps the inner tensors to itself")
         return super().infer(model, inputs, taps)
+
+
+class Disturbed(Null):
+    """Has a neighbour in two of three launches of everything that int8 forms are chosen by."""
+
+    def benchmark(self, request):
+        launches = super().benchmark(request)
+        return tuple(replace(one, invalid="slowed: planted") if one.label in ("float", "u8s8") and one.index % 3 else one for one in launches)
 '''
 
 
@@ -81,6 +89,14 @@ def test_candidates_compete_in_float_when_their_int8_cannot_be_made(tmp_path: Pa
     assert {row.step for row in noted} == {"width=4", "width=8", "width=16"}
     assert all(row.decision == "noted" and "keeps the inner tensors" in row.reason for row in noted)
     assert {point.precision for point in result.points} == {"fp32"}
+
+
+def test_ledger_says_that_an_int8_form_was_chosen_on_a_disturbed_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_runtimes(tmp_path / "plugin", monkeypatch, PLUGIN, {"disturbed": "Disturbed"})
+    result = kit.run("classification", tmp_path / "run", overrides=["runtime.kind=disturbed"], options=QUICK, budget=Budget(latency_share=0.9, max_drop=0.9))
+    noted = [row.reason for stage in ("baseline", "quantize") for row in kit.rows_of(result, stage, "note") if "not valid" in row.reason]
+    assert len(noted) == 2
+    assert all("launches of this screen rejected, more than 50%" in reason and "slowed" in reason for reason in noted)
 
 
 class Upsampled(kit.Plain):

@@ -139,7 +139,7 @@ def test_student_over_budget_is_never_returned_in_200_seeded_searches(members: d
     assert possible >= 150
     assert returned >= 0.9 * possible
     assert shares / returned > 0.75
-    assert stopped_by_verdict >= 1
+    assert stopped_by_verdict >= 5
 
 
 def test_student_over_budget_is_not_returned_when_the_screen_is_too_kind(members: dict[str, tuple[Candidate, StoredArtifact]]) -> None:
