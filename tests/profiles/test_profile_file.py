@@ -46,7 +46,7 @@ def test_local_has_the_defaults_of_the_record_but_looks_at_the_sentinel_and_says
     assert profile.measure.screen.launch.max_time_s == 10.0  # a launch waits for calm parts
     assert (profile.transport.kind, profile.runtime.kind, profile.runtime.threads) == ("local", "onnxruntime", 1)
     assert profile.runtime.precisions == (Precision.INT8, Precision.FP32)
-    assert profile.proven_on == ("x86_64 avx512 vnni",)
+    assert profile.proven_on == ("x86_64 avx512 vnni", "x86_64 avx2")
     assert "AVX512-VNNI" in profile.proof
 
 
