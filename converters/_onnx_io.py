@@ -13,7 +13,7 @@ import numpy as np
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import Array, Tensors
-from edgekd.errors import ConversionRejected, MissingDependency
+from edgekd.errors import ConversionRejected, DataError, MissingDependency
 from edgekd.models.onnx_file import load_model, require_onnx
 from edgekd.teachers import ort_errors
 
@@ -91,7 +91,7 @@ def host_infer(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ())
     """Outputs and tapped tensors for all samples, `(samples, ...)`, by onnxruntime in this process, unoptimized, one thread, one by one.
 
     Raises:
-        MissingDependency: onnx or onnxruntime is not installed.
+        MissingDependency: onnx or onnxruntime is not installed. DataError: an input is missing.
         ConversionRejected: onnxruntime does not load or run the model; names the operator or the input as its message does.
     """
     onnx = require_onnx("running an ONNX model")
@@ -102,6 +102,9 @@ def host_infer(model: StoredArtifact, inputs: Tensors, taps: Sequence[str] = ())
         session = plain_session(proto)
         names = [item.name for item in session.get_outputs()]
         wanted = [item.name for item in session.get_inputs()]
+        missing = sorted(set(wanted) - set(inputs))
+        if missing:
+            raise DataError(f"the input {missing[0]!r} is missing", found=sorted(inputs), hint="give one batch for every input", subject=missing[0])
         parts: dict[str, list[Array]] = {name: [] for name in names}
         for position in range(len(next(iter(inputs.values())))):
             feed = {name: np.ascontiguousarray(inputs[name][position : position + 1]) for name in wanted}

@@ -1,10 +1,13 @@
-"""Gives the helpers that several test files share pytest's readable assertions."""
+"""What holds for all tests: readable assertions in the helpers that several files share, and examples that neither chance nor a slow machine changes."""
 
 import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+settings.register_profile("edgekd", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("edgekd")
 pytest.register_assert_rewrite("tests.contracts.tiny_models", "tests.core.fake_device", "tests.pipeline.bundle_kit", "tests.pipeline.pipeline_kit")
 
 

@@ -21,7 +21,7 @@ _KEPT_SHARE = 0.75
 _NOISIEST = 0.10  # five times the "bad" noise between blocks of a busy virtual machine: such a run calibrates nothing
 _LABELS = ("A", "B")
 _STATES_MIN, _STATES_MAX = 3, 20
-_RULE = "rule 6"  # raised when limits follow from a run by another rule: a stored run is then taken anew
+_RULE = "rule 7"  # raised when limits follow from a run by another rule: a stored run is then taken anew
 
 
 def _narrow(ceiling: float | None, seen: Sequence[float | None], *, factor: float, floor: float) -> float | None:

@@ -94,7 +94,8 @@ def to_int8(
         before, after = (replace(together[-1][key], label=name) for key, name in names.items())
     else:
         before, after = context.screen({label: source, f"{label} int8": result.artifact}).values()
-    doubts = tuple(f"chosen by latencies of a screen that is not valid: {reason}" for reason in sorted(disturbed))
+        disturbed.update(one.measurement.reason for one in (before, after) if not one.measurement.valid)
+    doubts = tuple(f"compared by latencies of a screen that is not valid: {reason}" for reason in sorted(disturbed))
     return Int8(replace(result, notes=result.notes + doubts), before, after)
 
 

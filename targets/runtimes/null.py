@@ -205,7 +205,7 @@ class NullRuntime:
         model = request.models[label]
         cost, base = self._cost(model), self._base_ns(model)
         noise = self._option("noise")
-        read = (request.protocol.min_samples, request.protocol.warmup_min_s)  # a field that changes nothing here must draw no other noise
+        read = (request.protocol.min_samples, request.protocol.warmup_min_s)  # no other field: one that is new must draw no other noise
         key = repr((int(self._option("seed")), request.seed, label, cost.structure, read, index))
         random = np.random.default_rng(int(sha256_bytes(key.encode())[:16], 16))
         factor = math.exp(noise * random.standard_normal())

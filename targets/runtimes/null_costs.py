@@ -18,8 +18,8 @@ from edgekd.errors import ModelError
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORMULA_VERSION = "1"
-"""Raised by hand whenever the formula changes: it is the runtime version in the fingerprint."""
+FORMULA_VERSION = "2"
+"""Raised by hand whenever the formula or its noise changes: it is the runtime version in the fingerprint."""
 
 BASE_NS = 20_000.0
 NODE_NS = 3_000.0

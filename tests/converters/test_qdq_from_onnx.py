@@ -18,7 +18,7 @@ from torch import nn
 
 from edgekd.artifact import StoredArtifact
 from edgekd.contracts import ConvertRequest
-from edgekd.errors import ConfigError, ConversionRejected
+from edgekd.errors import ConfigError, ConversionRejected, DataError
 from edgekd.models.onnx_artifact import import_onnx
 from edgekd.parity.compare import compare_hop
 from edgekd.quantize import make_recipe
@@ -280,4 +280,7 @@ def test_calibration_on_the_host_tells_what_onnxruntime_says(tmp_path: Path) -> 
     wide = {"image": noise(16, 3, 8, 9)}
     with pytest.raises(ConversionRejected, match=r"does not run the model on this host; found: InvalidArgument: .*invalid dimensions for input: image"):
         load("converters", "qdq-from-onnx")().convert(dataclasses.replace(request, calibration=calibration_set(wide, split="train")))
+    other = {"picture": IMAGE["image"]}
+    with pytest.raises(DataError, match="the input 'image' is missing"):
+        load("converters", "qdq-from-onnx")().convert(dataclasses.replace(request, calibration=calibration_set(other, split="train")))
     assert load("converters", "qdq-from-onnx")().convert(request).record.precision is Precision.INT8

@@ -43,7 +43,9 @@ def test_local_has_the_defaults_of_the_record_but_looks_at_the_sentinel_and_says
     for plan, default in ((profile.measure.screen, defaults.screen), (profile.measure.verdict, defaults.verdict)):
         launch = msgspec.structs.replace(plan.launch, look_s=0.0, max_time_s=default.launch.max_time_s)
         assert msgspec.structs.replace(plan, launch=launch) == default
-    assert profile.measure.screen.launch.max_time_s == 10.0  # a launch waits for calm parts
+    # a launch of a screen waits for calm parts
+    assert (profile.measure.screen.launch.max_time_s, profile.measure.verdict.launch.max_time_s) == (10.0, defaults.verdict.launch.max_time_s)
+    assert load_profile("litert-local").measure == profile.measure
     assert (profile.transport.kind, profile.runtime.kind, profile.runtime.threads) == ("local", "onnxruntime", 1)
     assert profile.runtime.precisions == (Precision.INT8, Precision.FP32)
     assert profile.proven_on == ("x86_64 avx512 vnni", "x86_64 avx2")

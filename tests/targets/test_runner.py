@@ -1,4 +1,4 @@
-"""The on-device runner alone: what it may import, what it reads off a device, its lock, its launches."""
+"""The on-device runner alone: what it may import, what it makes of a job, its lock, its launches."""
 
 from __future__ import annotations
 
